@@ -1,0 +1,1 @@
+"""Pure policies of the controller."""

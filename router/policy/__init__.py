@@ -1,0 +1,1 @@
+"""Admission, split and placement: pure functions from a snapshot to a decision with its reason."""

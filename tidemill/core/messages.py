@@ -1,0 +1,226 @@
+"""What routers and workers say to each other, as plain types; `core/wire.py` turns them into protobuf and back.
+
+A router and a worker share one long-lived stream. The router sends commands; the worker answers each turn of its
+engine loop with at most one `StepReport`, which carries the events of all of that router's requests.
+A prefill worker talks to a verify worker over the KV link only; a verify worker asks a draft worker for drafts over a
+stream of their own, one `DraftCall` and one `DraftReply` a step.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from tidemill.core.model import Peer, Request, Role, WorkerId, WorkerLoad
+from tidemill.types import FinishReason, TokenLogprobs
+
+
+class Refusal(StrEnum):
+    """Why a worker does not take a request; another worker may."""
+
+    NO_BLOCKS = "no_blocks"
+    QUEUE_FULL = "queue_full"
+    WRONG_ROLE = "wrong_role"
+    DRAINING = "draining"
+    TOO_LONG = "too_long"  # longer than the whole KV pool
+
+
+class Failure(StrEnum):
+    """Why a request cannot go on where it is; the router takes it elsewhere from the tokens already sent."""
+
+    LEASE_EXPIRED = "lease_expired"
+    KV_LINK = "kv_link"  # the link to the peer broke or timed out
+    ROLE_CHANGED = "role_changed"
+    ENGINE = "engine"  # the engine's step raised
+    STOPPING = "stopping"
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """KV blocks a verify worker holds for a request whose KV will come from elsewhere.
+
+    Owner and only party that frees: the engine thread of the worker in `holder`. Blocks before `first_block` were
+    found in its prefix cache and are not sent. A lease ends as committed (all blocks came), aborted or expired.
+    """
+
+    id: int
+    request_id: str
+    holder: Peer
+    first_block: int
+    end_block: int
+    ttl_s: float
+
+
+# --- router -> worker -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Hold blocks for a request whose KV comes over a link, then decode it. Answer: `LeaseGranted` or `Refused`."""
+
+    request: Request
+    ttl_s: float
+    drafter: Peer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """Prefill and decode a request on this verify worker. Answer: tokens, or `Refused`."""
+
+    request: Request
+    drafter: Peer | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Compute the KV of all tokens but the last and send it to the lease's holder. Answer: `Prefilled`."""
+
+    request: Request
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Drop everything held for a request, at whatever stage. Never answered; harmless if unknown."""
+
+    request_id: str
+
+
+Command = Reserve | Submit | Prefill | Cancel
+
+
+# --- worker -> router -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseGranted:
+    """Answer to `Reserve`."""
+
+    request_id: str
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The worker did not take the request and holds nothing of it."""
+
+    request_id: str
+    reason: Refusal
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """All KV of a request is computed and handed to the link. Seconds are the prefill worker's own."""
+
+    request_id: str
+    queue_s: float  # from the command to the first chunk's step
+    prefill_s: float  # from then to the end of the last chunk's step
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """Seconds a verify worker spent before a request's first token; comes with its first `Tokens`."""
+
+    queue_s: float  # waiting for blocks or a place in a step (in-place prefill only)
+    prefill_s: float  # computing the prompt here (in-place prefill only)
+    decode_s: float  # from the KV being complete to the first token
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What one step gave one request. A finished request's blocks are already free."""
+
+    request_id: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    drafted: int = 0  # draft tokens verified in this step
+    accepted: int = 0
+    finish: FinishReason | None = None
+    first: FirstToken | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The worker gave the request up and holds nothing of it."""
+
+    request_id: str
+    failure: Failure
+    detail: str
+
+
+Event = LeaseGranted | Refused | Prefilled | Tokens | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One turn of a worker's loop, for one router. `sequence` counts the reports of the stream from 0."""
+
+    worker: WorkerId
+    role: Role
+    accepting: bool
+    sequence: int
+    load: WorkerLoad
+    events: tuple[Event, ...] = ()
+
+
+# --- verify worker <-> draft worker -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DraftOpen:
+    """A request the draft worker should keep its own KV for, starting now with all its tokens."""
+
+    request: Request
+
+
+@dataclass(frozen=True, slots=True)
+class DraftAsk:
+    """The request's newly committed tokens, and how many draft tokens are wanted after them.
+
+    `tokens` follow position `base` (0 = first prompt token): committed length is `base + len(tokens)`. An ask whose
+    base lies past what the drafter knows is answered with an empty draft.
+    """
+
+    request_id: str
+    base: int
+    tokens: tuple[int, ...]
+    want: int
+
+
+@dataclass(frozen=True, slots=True)
+class DraftClose:
+    """The request is over, or drafts no longer wanted."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class DraftCall:
+    """One message a step: everything a verify worker has to say to a draft worker."""
+
+    round: int
+    opens: tuple[DraftOpen, ...] = ()
+    asks: tuple[DraftAsk, ...] = ()
+    closes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A token tree after `base` committed tokens; node i's parent is `parents[i]` < i, -1 stands for the last committed
+    token. A chain has parents (-1, 0, 1, ...). It counts only if the request still has `base` committed tokens.
+    """
+
+    request_id: str
+    base: int
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+
+    @property
+    def is_chain(self) -> bool:
+        return all(parent == i - 1 for i, parent in enumerate(self.parents))
+
+
+@dataclass(frozen=True, slots=True)
+class DraftReply:
+    """Answer to the `DraftCall` of the same round."""
+
+    round: int
+    drafts: tuple[Draft, ...] = field(default=())

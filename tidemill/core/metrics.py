@@ -1,0 +1,184 @@
+"""Every metric series, declared once: name, kind, labels, unit, and what to do when it moves.
+
+Router and workers make a `Metrics` each and serve it for Prometheus. Labels are bounded: roles, reasons, kinds and the
+SLO classes of the settings; never request ids, tenants or prompts.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+
+class Kind(StrEnum):
+    """Prometheus type of a series."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True, slots=True)
+class Series:
+    """Declaration of one series. `help` says what it counts, `when_it_moves` what an operator does about it."""
+
+    name: str
+    kind: Kind
+    help: str
+    when_it_moves: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+# Seconds; from half a millisecond (a small model's step) to the longest deadline anyone sets.
+LATENCY_BUCKETS = (
+    0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0,
+)  # fmt: skip
+COUNT_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def _latency(name: str, help: str, when_it_moves: str, *labels: str) -> Series:
+    return Series(f"tidemill_{name}_seconds", Kind.HISTOGRAM, help, when_it_moves, labels, LATENCY_BUCKETS)
+
+
+def _counter(name: str, help: str, when_it_moves: str, *labels: str) -> Series:
+    return Series(f"tidemill_{name}", Kind.COUNTER, help, when_it_moves, labels)
+
+
+def _gauge(name: str, help: str, when_it_moves: str, *labels: str) -> Series:
+    return Series(f"tidemill_{name}", Kind.GAUGE, help, when_it_moves, labels)
+
+
+# --- router -----------------------------------------------------------------------------------------------------
+
+TTFT = _latency(
+    "time_to_first_token", "From a request's arrival to its first token leaving the router.",
+    "Look at its four parts, which add up to it.", "slo_class",
+)  # fmt: skip
+TTFT_QUEUE = _latency(
+    "ttft_queue", "Part of TTFT before the prompt's computation began: admission, placement, reservation, queues.",
+    "Add prefill workers, or verify workers if reservations are refused.", "slo_class",
+)  # fmt: skip
+TTFT_PREFILL = _latency(
+    "ttft_prefill", "Part of TTFT during which the prompt was computed.",
+    "Longer prompts, fewer prefix-cache hits, or too many prompts sharing a step.", "slo_class",
+)  # fmt: skip
+TTFT_TRANSFER = _latency(
+    "ttft_transfer", "Part of TTFT between the end of prefill and the KV being complete on the verify worker.",
+    "Look at the KV links: bandwidth, or a slow peer.", "slo_class",
+)  # fmt: skip
+TTFT_FIRST_DECODE = _latency(
+    "ttft_first_decode", "Part of TTFT from complete KV to the first token.",
+    "Steps of the verify workers are long: too many sequences, or prompts prefilled there.", "slo_class",
+)  # fmt: skip
+TPOT = _latency(
+    "time_per_output_token", "Mean time per output token after the first, one observation a request.",
+    "Add verify workers; check accepted tokens per verify.", "slo_class",
+)  # fmt: skip
+ITL = _latency(
+    "inter_token_latency", "Time between two messages with tokens of one request.",
+    "A tail far above the median means prompts or preemptions between decodes.", "slo_class",
+)  # fmt: skip
+REQUESTS = _counter(
+    "requests_total", "Requests by outcome: finish reason, or kind of error.",
+    "Errors other than the clients' own: see the router's log.", "outcome",
+)  # fmt: skip
+ROUTER_QUEUED = _gauge("router_queued_requests", "Requests waiting to be admitted.", "Sustained: add workers.")
+ROUTER_ACTIVE = _gauge("router_active_requests", "Requests being served.", "At its limit: raise it or add workers.")
+DECISIONS = _counter(
+    "decisions_total", "Decisions of the router's policies by reason.",
+    "A shift shows why requests went where they went.", "policy", "reason",
+)  # fmt: skip
+RETRIES = _counter(
+    "retries_total", "Requests taken elsewhere, by the failure that caused it.",
+    "Look at the workers that failed.", "failure",
+)  # fmt: skip
+CANCEL_TO_RELEASE = _latency(
+    "cancel_to_release", "From a client's leaving to all its workers having been told.",
+    "The router's event loop is too busy.",
+)  # fmt: skip
+
+# --- worker -----------------------------------------------------------------------------------------------------
+
+STEPS = _counter("worker_steps_total", "Engine steps.", "None while requests run: the worker is stalled.", "role")
+STEP_TIME = _latency("worker_step", "Duration of an engine step.", "Smaller batches or chunks shorten it.", "role")
+STEP_TOKENS = Series(
+    "tidemill_worker_step_tokens", Kind.HISTOGRAM, "Rows of a step's forward pass.",
+    "Near max_batch_tokens: prompts queue.", ("role",), COUNT_BUCKETS,
+)  # fmt: skip
+WORKER_QUEUED = _gauge("worker_queued_requests", "Sequences waiting on a worker.", "Sustained: add workers.", "role")
+WORKER_RUNNING = _gauge("worker_running_requests", "Sequences running on a worker.", "The worker's batch.", "role")
+PREEMPTIONS = _counter(
+    "worker_preemptions_total", "Sequences whose blocks were taken and whose KV is computed again.",
+    "The KV pool is too small for the load.", "role",
+)  # fmt: skip
+KV_BLOCKS = _gauge("kv_blocks", "KV blocks of the pool.", "Constant.", "role")
+KV_BLOCKS_USED = _gauge("kv_blocks_used", "KV blocks held by sequences.", "Near the pool: preemptions follow.", "role")
+KV_BLOCKS_LEASED = _gauge(
+    "kv_blocks_leased", "KV blocks that wait for contents from a peer.",
+    "Not returning to 0 on an idle cluster: a leak.", "role",
+)  # fmt: skip
+LEASES = _counter("kv_leases_total", "Leases by how they ended.", "Expired ones: a prefill worker or link died.", "end")
+TRANSFER_BYTES = _counter("kv_transfer_bytes_total", "KV bytes over links.", "Bandwidth in use.", "direction")
+TRANSFER_TIME = _latency("kv_transfer", "Time of one KV message on a link.", "Links are slow or shared.", "direction")
+DRAFTED = _counter("draft_tokens_total", "Draft tokens verified.", "None: drafts are late or off.")
+ACCEPTED = _counter("accepted_tokens_total", "Draft tokens accepted.", "Falling share: the draft fits the load less.")
+VERIFIES = _counter("verify_steps_total", "Sequences verified or decoded, one a step.", "Base of tokens per verify.")
+DRAFT_ROUNDS = _counter(
+    "draft_rounds_total", "Asks for drafts by result: used, late, stale, lost.",
+    "Late: raise speculation.wait_s or add draft workers.", "result",
+)  # fmt: skip
+ERRORS = _counter("worker_errors_total", "Requests a worker gave up, by failure.", "See the worker's log.", "failure")
+REPORTS = _counter("worker_reports_total", "Messages sent to routers: at most one a turn and router.", "Follows steps.")
+
+ROUTER_SERIES = (
+    TTFT, TTFT_QUEUE, TTFT_PREFILL, TTFT_TRANSFER, TTFT_FIRST_DECODE, TPOT, ITL, REQUESTS, ROUTER_QUEUED, ROUTER_ACTIVE,
+    DECISIONS, RETRIES, CANCEL_TO_RELEASE,
+)  # fmt: skip
+WORKER_SERIES = (
+    STEPS, STEP_TIME, STEP_TOKENS, WORKER_QUEUED, WORKER_RUNNING, PREEMPTIONS, KV_BLOCKS, KV_BLOCKS_USED,
+    KV_BLOCKS_LEASED, LEASES, TRANSFER_BYTES, TRANSFER_TIME, DRAFTED, ACCEPTED, VERIFIES, DRAFT_ROUNDS, ERRORS, REPORTS,
+)  # fmt: skip
+
+
+class Metrics:
+    """The series of one process, in a registry of their own."""
+
+    def __init__(self, series: tuple[Series, ...]) -> None:
+        self.registry = CollectorRegistry()
+        self._collectors = {each.name: self._make(each) for each in series}
+
+    def _make(self, series: Series) -> Counter | Gauge | Histogram:
+        if series.kind is Kind.HISTOGRAM:
+            return Histogram(
+                series.name, series.help, series.labels, buckets=series.buckets or LATENCY_BUCKETS, registry=self.registry
+            )
+        maker = Counter if series.kind is Kind.COUNTER else Gauge
+        return maker(series.name, series.help, series.labels, registry=self.registry)
+
+    def add(self, series: Series, amount: float = 1.0, **labels: str) -> None:
+        """Count up. Raises KeyError for a series this process did not declare."""
+        collector = self._of(series, labels)
+        assert isinstance(collector, Counter | Gauge)
+        collector.inc(amount)
+
+    def set(self, series: Series, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        collector = self._of(series, labels)
+        assert isinstance(collector, Gauge)
+        collector.set(value)
+
+    def observe(self, series: Series, value: float, **labels: str) -> None:
+        """Add one observation to a histogram."""
+        collector = self._of(series, labels)
+        assert isinstance(collector, Histogram)
+        collector.observe(value)
+
+    def value(self, series: Series, **labels: str) -> float:
+        """Current value of a counter or gauge; 0 if nothing was counted yet. A histogram's is its count."""
+        suffix = "_count" if series.kind is Kind.HISTOGRAM else ""
+        return self.registry.get_sample_value(series.name + suffix, labels) or 0.0
+
+    def _of(self, series: Series, labels: dict[str, str]) -> Counter | Gauge | Histogram:
+        collector = self._collectors[series.name]
+        return collector.labels(**labels) if labels else collector

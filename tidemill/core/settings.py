@@ -1,0 +1,264 @@
+"""All settings: one frozen tree, read once from YAML, every field documented where it is declared.
+
+Nothing is read from the environment but secrets' files named here. Unknown keys and wrong types are errors that say
+where, what was expected and what was found.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Seconds = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class SettingsError(ValueError):
+    """The settings cannot be used; the message lists every fault with its place."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(Section):
+    """A Hugging Face folder: config.json, *.safetensors, tokenizer.json."""
+
+    path: Path
+    """Folder; a relative path counts from the settings file."""
+    name: str = ""
+    """Name clients ask for; empty: the folder's name."""
+
+    @property
+    def served_name(self) -> str:
+        return self.name or self.path.name
+
+
+class EngineSettings(Section):
+    """How a worker's engine runs a model."""
+
+    kind: Literal["native", "emulated"] = "native"
+    """`native` runs the model; `emulated` answers in the real protocol without one, for load tests of the rest."""
+    device: str = "cpu"
+    """Torch device of the worker: `cpu` or `cuda`."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of weights and KV."""
+    kernels: Literal["auto", "cpu", "torch"] = "auto"
+    """`cpu`: kernels compiled at first use; `torch`: stock operators; `auto`: the first where a compiler is found."""
+    threads: Count = 1
+    """OpenMP threads of one engine process. More than one only pays with idle cores."""
+    kv_blocks: Count = 2048
+    """KV blocks of a worker's pool."""
+    block_size: Literal[8, 16, 32, 64, 128] = 16
+    """Tokens of one KV block."""
+    max_batch_tokens: Count = 512
+    """Rows of one step: decodes first, then prompt chunks up to this."""
+    max_running: Count = 128
+    """Sequences in one step."""
+    max_waiting: Count = 512
+    """Sequences waiting for blocks; more are refused."""
+    prefix_cache: bool = True
+    """Keep the KV of full blocks after a request ends and reuse it for equal prefixes."""
+
+
+class PoolSettings(Section):
+    """How many workers start in each role. Draft workers are optional."""
+
+    prefill: Annotated[int, Field(ge=0)] = 1
+    draft: Annotated[int, Field(ge=0)] = 1
+    verify: Count = 2
+
+
+class TlsSettings(Section):
+    """PEM files."""
+
+    certificate: Path
+    key: Path
+    client_ca: Path | None = None
+    """If set, clients must show a certificate of this authority."""
+
+
+class RouterSettings(Section):
+    """The front door."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on. Other than loopback needs `tls` and `token_file`."""
+    port: Port = 7071
+    """0: any free port."""
+    tls: TlsSettings | None = None
+    token_file: Path | None = None
+    """File with the bearer token clients must send; none: no token asked for."""
+    max_active: Count = 256
+    """Requests being served at once; more wait."""
+    max_queued: Annotated[int, Field(ge=0)] = 256
+    """Requests waiting; more get `overloaded`."""
+    max_message_bytes: Count = 4 * 1024 * 1024
+    """Largest request or answer."""
+    default_deadline_s: Seconds = 600.0
+    """For requests without a deadline of their own."""
+    max_retries: Annotated[int, Field(ge=0)] = 1
+    """How often a request goes on elsewhere after its worker failed."""
+
+
+class SplitSettings(Section):
+    """Prefill on a prefill worker, or on the verify worker itself."""
+
+    min_prefill_tokens: Annotated[int, Field(ge=0)] = 32
+    """Prompts with fewer tokens to compute are prefilled where they are decoded."""
+
+
+class SpeculationSettings(Section):
+    """Drafts from the draft pool."""
+
+    enabled: bool = True
+    max_draft_tokens: Annotated[int, Field(ge=1, le=16)] = 4
+    """Length of a draft chain."""
+    max_batch: Count = 8
+    """With more decoding requests on a verify worker none of them drafts: verifying would cost more than it saves."""
+    wait_s: Annotated[float, Field(ge=0)] = 0.02
+    """Longest a step waits for drafts that were asked for; after it the step goes without."""
+
+
+class DeadlineSettings(Section):
+    """How long each stage may take before the request is taken elsewhere."""
+
+    reserve_s: Seconds = 10.0
+    """Verify worker's answer to a reservation."""
+    prefill_s: Seconds = 60.0
+    """From the prefill command to its end."""
+    transfer_s: Seconds = 30.0
+    """From the end of prefill to the first token."""
+    token_s: Seconds = 30.0
+    """Between tokens of a running request."""
+    link_s: Seconds = 10.0
+    """Opening a KV link, and one message on it."""
+    lease_s: Seconds = 90.0
+    """Life of a KV lease; longer than prefill and transfer together."""
+    drain_s: Seconds = 5.0
+    """How long running requests may go on when a worker changes role or stops."""
+
+
+class SloSettings(Section):
+    """A named latency goal."""
+
+    ttft_s: Seconds
+    tpot_s: Seconds
+
+
+class RaySettings(Section):
+    """The Ray cluster the actors live in."""
+
+    address: str | None = None
+    """`host:port` of a running cluster; none: `tidemill up` starts a head on this machine and `down` stops it."""
+    cpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    """Ray CPUs reserved for each worker actor; 0 lets many share a small machine."""
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    max_restarts: int = -1
+    """How often Ray restarts a dead worker; -1: always."""
+
+
+class MetricsSettings(Section):
+    """Prometheus endpoints of router and workers."""
+
+    host: str = "127.0.0.1"
+    router_port: Port = 0
+    """0: any free port; `tidemill status` shows it. Workers always take a free port."""
+
+
+class Settings(Section):
+    """The whole tree."""
+
+    name: str = "tidemill"
+    """Name of the cluster: Ray namespace and state file."""
+    target: ModelSettings
+    draft: ModelSettings | None = None
+    """Needed with `pools.draft > 0`."""
+    engine: EngineSettings = EngineSettings()
+    pools: PoolSettings = PoolSettings()
+    router: RouterSettings = RouterSettings()
+    split: SplitSettings = SplitSettings()
+    speculation: SpeculationSettings = SpeculationSettings()
+    deadlines: DeadlineSettings = DeadlineSettings()
+    slo: dict[str, SloSettings] = {"default": SloSettings(ttft_s=1.0, tpot_s=0.1)}
+    """Latency goals by class; requests name one."""
+    ray: RaySettings = RaySettings()
+    metrics: MetricsSettings = MetricsSettings()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Settings":
+        if self.pools.draft and self.draft is None:
+            raise ValueError("pools.draft > 0 needs a `draft` model; set draft.path, or pools.draft to 0")
+        if "default" not in self.slo:
+            raise ValueError("slo needs a class named `default`")
+        if self.deadlines.lease_s < self.deadlines.prefill_s:
+            raise ValueError("deadlines.lease_s must be at least deadlines.prefill_s, or leases expire during prefill")
+        if not is_loopback(self.router.host) and not (self.router.tls and self.router.token_file):
+            raise ValueError(
+                f"router.host {self.router.host!r} is not loopback: set router.tls and router.token_file, "
+                "or listen on 127.0.0.1"
+            )
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """True if only this machine can reach a server that listens on `host`."""
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def load_settings(path: Path) -> Settings:
+    """Read a YAML file. Raises SettingsError on a missing file, bad YAML, unknown keys and wrong types."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"{path}: cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: is not YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise SettingsError(f"{path}: expected a mapping of sections at the top, found {type(tree).__name__}")
+    try:
+        settings = Settings.model_validate(tree)
+    except ValidationError as error:
+        raise SettingsError(f"{path}:\n" + "\n".join(_faults(error))) from error
+    return _with_absolute_paths(settings, path.parent.resolve())
+
+
+def _faults(error: ValidationError) -> list[str]:
+    """One line for each fault: place, what was wrong, what was found."""
+    lines = []
+    for fault in error.errors():
+        place = ".".join(str(part) for part in fault["loc"]) or "settings"
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"  {place}: unknown key; see docs/settings.md for the keys there are")
+        elif fault["type"] == "value_error":
+            lines.append(f"  {place}: {fault['ctx']['error']}")
+        else:
+            lines.append(f"  {place}: {fault['msg']} (found {fault['input']!r})")
+    return lines
+
+
+def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
+    """Relative paths count from the settings file, so that a worker on the same machine finds them from anywhere."""
+
+    def rooted(model: ModelSettings | None) -> ModelSettings | None:
+        return model and model.model_copy(update={"path": (base / model.path).resolve()})
+
+    router = settings.router
+    tls = router.tls and router.tls.model_copy(
+        update={
+            "certificate": base / router.tls.certificate,
+            "key": base / router.tls.key,
+            "client_ca": router.tls.client_ca and base / router.tls.client_ca,
+        }
+    )
+    token_file = router.token_file and base / router.token_file
+    return settings.model_copy(
+        update={
+            "target": rooted(settings.target),
+            "draft": rooted(settings.draft),
+            "router": router.model_copy(update={"tls": tls, "token_file": token_file}),
+        }
+    )

@@ -1,0 +1,265 @@
+"""Control protobuf <-> model types, once each way. The only place that knows control_pb2's fields."""
+
+from dataclasses import fields
+
+from tidemill.core import control_pb2 as pb
+from tidemill.core.messages import (
+    Cancel,
+    Command,
+    Draft,
+    DraftAsk,
+    DraftCall,
+    DraftOpen,
+    DraftReply,
+    Event,
+    Failed,
+    Failure,
+    FirstToken,
+    Lease,
+    LeaseGranted,
+    Prefill,
+    Prefilled,
+    Refusal,
+    Refused,
+    Reserve,
+    StepReport,
+    Submit,
+    Tokens,
+)
+from tidemill.core.model import Peer, Request, Role, WorkerId, WorkerLoad
+from tidemill.types import FinishReason, SamplingParams, TokenLogprobs
+
+_LOAD_FIELDS = tuple(field.name for field in fields(WorkerLoad))
+_SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
+
+
+def worker_id_to_pb(worker: WorkerId) -> pb.WorkerId:
+    return pb.WorkerId(name=worker.name, epoch=worker.epoch)
+
+
+def worker_id_from_pb(message: pb.WorkerId) -> WorkerId:
+    return WorkerId(message.name, message.epoch)
+
+
+def peer_to_pb(peer: Peer | None) -> pb.Peer | None:
+    return peer and pb.Peer(id=worker_id_to_pb(peer.id), address=peer.address)
+
+
+def peer_from_pb(message: pb.Peer) -> Peer:
+    return Peer(worker_id_from_pb(message.id), message.address)
+
+
+def load_to_pb(load: WorkerLoad) -> pb.Load:
+    return pb.Load(**{name: getattr(load, name) for name in _LOAD_FIELDS})
+
+
+def load_from_pb(message: pb.Load) -> WorkerLoad:
+    return WorkerLoad(*(getattr(message, name) for name in _LOAD_FIELDS))
+
+
+def request_to_pb(request: Request) -> pb.Request:
+    sampling = pb.Sampling(**{name: getattr(request.sampling, name) for name in _SAMPLING_FIELDS})
+    return pb.Request(
+        id=request.id,
+        prompt=request.prompt,
+        output=request.output,
+        sampling=sampling,
+        slo_class=request.slo_class,
+    )
+
+
+def request_from_pb(message: pb.Request) -> Request:
+    sampling = message.sampling
+    values = {name: getattr(sampling, name) for name in _SAMPLING_FIELDS}
+    values["stop"] = tuple(sampling.stop)
+    values["stop_token_ids"] = tuple(sampling.stop_token_ids)
+    for name in ("seed", "logprobs"):
+        values[name] = getattr(sampling, name) if sampling.HasField(name) else None
+    return Request(
+        message.id, tuple(message.prompt), SamplingParams(**values), tuple(message.output), message.slo_class
+    )
+
+
+def lease_to_pb(lease: Lease) -> pb.Lease:
+    return pb.Lease(
+        id=lease.id,
+        request_id=lease.request_id,
+        holder=peer_to_pb(lease.holder),
+        first_block=lease.first_block,
+        end_block=lease.end_block,
+        ttl_s=lease.ttl_s,
+    )
+
+
+def lease_from_pb(message: pb.Lease) -> Lease:
+    return Lease(
+        message.id,
+        message.request_id,
+        peer_from_pb(message.holder),
+        message.first_block,
+        message.end_block,
+        message.ttl_s,
+    )
+
+
+def command_to_pb(command: Command) -> pb.Command:
+    match command:
+        case Reserve(request, ttl_s, drafter):
+            return pb.Command(
+                reserve=pb.Reserve(request=request_to_pb(request), ttl_s=ttl_s, drafter=peer_to_pb(drafter))
+            )
+        case Submit(request, drafter):
+            return pb.Command(submit=pb.Submit(request=request_to_pb(request), drafter=peer_to_pb(drafter)))
+        case Prefill(request, lease):
+            return pb.Command(prefill=pb.Prefill(request=request_to_pb(request), lease=lease_to_pb(lease)))
+        case Cancel(request_id):
+            return pb.Command(cancel=pb.Cancel(request_id=request_id))
+
+
+def command_from_pb(message: pb.Command) -> Command:
+    """Raises ValueError for a kind this release does not know."""
+
+    def drafter(of: pb.Reserve | pb.Submit) -> Peer | None:
+        return peer_from_pb(of.drafter) if of.HasField("drafter") else None
+
+    match message.WhichOneof("kind"):
+        case "reserve":
+            reserve = message.reserve
+            return Reserve(request_from_pb(reserve.request), reserve.ttl_s, drafter(reserve))
+        case "submit":
+            return Submit(request_from_pb(message.submit.request), drafter(message.submit))
+        case "prefill":
+            return Prefill(request_from_pb(message.prefill.request), lease_from_pb(message.prefill.lease))
+        case "cancel":
+            return Cancel(message.cancel.request_id)
+        case kind:
+            raise ValueError(f"unknown command {kind!r}: router and worker are of different releases")
+
+
+def _tokens_to_pb(event: Tokens) -> pb.Tokens:
+    message = pb.Tokens(
+        request_id=event.request_id,
+        tokens=event.tokens,
+        drafted=event.drafted,
+        accepted=event.accepted,
+        finish=event.finish or "",
+    )
+    for each in event.logprobs:
+        message.logprobs.add(
+            token=each.token,
+            logprob=each.logprob,
+            top_tokens=[token for token, _ in each.top],
+            top_logprobs=[logprob for _, logprob in each.top],
+        )
+    if event.first:
+        message.first.queue_s = event.first.queue_s
+        message.first.prefill_s = event.first.prefill_s
+        message.first.decode_s = event.first.decode_s
+        message.first.SetInParent()
+    return message
+
+
+def _tokens_from_pb(message: pb.Tokens) -> Tokens:
+    first = message.first
+    return Tokens(
+        message.request_id,
+        tuple(message.tokens),
+        tuple(
+            TokenLogprobs(each.token, each.logprob, tuple(zip(each.top_tokens, each.top_logprobs, strict=True)))
+            for each in message.logprobs
+        ),
+        message.drafted,
+        message.accepted,
+        FinishReason(message.finish) if message.finish else None,
+        FirstToken(first.queue_s, first.prefill_s, first.decode_s) if message.HasField("first") else None,
+    )
+
+
+def event_to_pb(event: Event) -> pb.Event:
+    match event:
+        case Tokens():
+            return pb.Event(tokens=_tokens_to_pb(event))
+        case LeaseGranted(request_id, lease):
+            return pb.Event(lease_granted=pb.LeaseGranted(request_id=request_id, lease=lease_to_pb(lease)))
+        case Refused(request_id, reason):
+            return pb.Event(refused=pb.Refused(request_id=request_id, reason=reason))
+        case Prefilled(request_id, queue_s, prefill_s):
+            return pb.Event(prefilled=pb.Prefilled(request_id=request_id, queue_s=queue_s, prefill_s=prefill_s))
+        case Failed(request_id, failure, detail):
+            return pb.Event(failed=pb.Failed(request_id=request_id, failure=failure, detail=detail))
+
+
+def event_from_pb(message: pb.Event) -> Event:
+    """Raises ValueError for a kind this release does not know."""
+    match message.WhichOneof("kind"):
+        case "tokens":
+            return _tokens_from_pb(message.tokens)
+        case "lease_granted":
+            return LeaseGranted(message.lease_granted.request_id, lease_from_pb(message.lease_granted.lease))
+        case "refused":
+            return Refused(message.refused.request_id, Refusal(message.refused.reason))
+        case "prefilled":
+            return Prefilled(message.prefilled.request_id, message.prefilled.queue_s, message.prefilled.prefill_s)
+        case "failed":
+            return Failed(message.failed.request_id, Failure(message.failed.failure), message.failed.detail)
+        case kind:
+            raise ValueError(f"unknown event {kind!r}: router and worker are of different releases")
+
+
+def report_to_pb(report: StepReport) -> pb.StepReport:
+    return pb.StepReport(
+        worker=worker_id_to_pb(report.worker),
+        role=report.role,
+        accepting=report.accepting,
+        sequence=report.sequence,
+        load=load_to_pb(report.load),
+        events=[event_to_pb(event) for event in report.events],
+    )
+
+
+def report_from_pb(message: pb.StepReport) -> StepReport:
+    return StepReport(
+        worker_id_from_pb(message.worker),
+        Role(message.role),
+        message.accepting,
+        message.sequence,
+        load_from_pb(message.load),
+        tuple(event_from_pb(event) for event in message.events),
+    )
+
+
+def draft_call_to_pb(call: DraftCall) -> pb.DraftCall:
+    return pb.DraftCall(
+        round=call.round,
+        opens=[request_to_pb(each.request) for each in call.opens],
+        asks=[
+            pb.DraftAsk(request_id=ask.request_id, base=ask.base, tokens=ask.tokens, want=ask.want) for ask in call.asks
+        ],
+        closes=call.closes,
+    )
+
+
+def draft_call_from_pb(message: pb.DraftCall) -> DraftCall:
+    return DraftCall(
+        message.round,
+        tuple(DraftOpen(request_from_pb(each)) for each in message.opens),
+        tuple(DraftAsk(ask.request_id, ask.base, tuple(ask.tokens), ask.want) for ask in message.asks),
+        tuple(message.closes),
+    )
+
+
+def draft_reply_to_pb(reply: DraftReply) -> pb.DraftReply:
+    return pb.DraftReply(
+        round=reply.round,
+        drafts=[
+            pb.Draft(request_id=each.request_id, base=each.base, tokens=each.tokens, parents=each.parents)
+            for each in reply.drafts
+        ],
+    )
+
+
+def draft_reply_from_pb(message: pb.DraftReply) -> DraftReply:
+    return DraftReply(
+        message.round,
+        tuple(Draft(each.request_id, each.base, tuple(each.tokens), tuple(each.parents)) for each in message.drafts),
+    )

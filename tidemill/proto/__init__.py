@@ -1,0 +1,1 @@
+"""The public protocol, `inference.proto`, and its generated code."""

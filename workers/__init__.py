@@ -1,0 +1,1 @@
+"""The code that touches accelerators: engines, KV hand-over, speculation, and the worker around them."""

@@ -1,0 +1,171 @@
+"""What the rest of Tidemill asks of an engine.
+
+An engine is driven by one thread. Between steps the thread hands work in and takes KV out; `step` advances every
+sequence that can advance. A sequence is in one of these states:
+
+    WAITING    admitted, no blocks yet (or preempted: its KV will be computed again)
+    RUNNING    computing its prompt in chunks, then decoding
+    HELD       its quota of new tokens is used up; KV stays until `rewrite` or `release`
+    RECEIVING  blocks are reserved for KV that comes from another worker; computed by nobody here
+
+The engine owns all KV blocks. `release` frees a sequence's blocks at once, in any state.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from tidemill.core.messages import Draft
+from tidemill.core.model import Request, WorkerLoad
+from tidemill.types import FinishReason, TokenLogprobs
+
+
+class OutOfBlocks(Exception):
+    """The pool cannot hold the sequence now; nothing was allocated."""
+
+
+class RequestTooLong(Exception):
+    """The sequence cannot fit the pool, or the context, even when empty; nothing was allocated."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """Shape of one block of KV: tensor [layers, blocks, 2, kv_heads, block_size, head_dim] of `dtype`."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    block_size: int
+    dtype: str  # "float32" or "bfloat16"
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block over all layers."""
+        width = 4 if self.dtype == "float32" else 2
+        return self.layers * 2 * self.kv_heads * self.block_size * self.head_dim * width
+
+    def __str__(self) -> str:
+        return f"{self.layers}x2x{self.kv_heads}x{self.block_size}x{self.head_dim}:{self.dtype}"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine serves."""
+
+    kind: str  # "native", "emulated"
+    vocab_size: int
+    context_length: int
+    eos_token_ids: frozenset[int]
+    kv: KvLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Blocks of a RECEIVING sequence: [first_block, end_block) must come, earlier ones were cached here."""
+
+    first_block: int
+    end_block: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """New tokens of one sequence in one step. With `finish` set its blocks are already free."""
+
+    request_id: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    drafted: int = 0
+    accepted: int = 0
+    finish: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceProgress:
+    """KV of a sequence's first `computed_tokens` tokens is in the pool, after a step that computed a part of it.
+
+    Reported for steps that yield the sequence no token; `held` when it has reached its goal and waits.
+    """
+
+    request_id: str
+    computed_tokens: int
+    held: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one step did."""
+
+    outputs: tuple[SequenceOutput, ...] = ()
+    progress: tuple[SequenceProgress, ...] = ()
+    preempted: tuple[str, ...] = ()
+    batch_tokens: int = 0  # rows of the flattened forward
+    seconds: float = 0.0
+
+
+class Engine(Protocol):
+    """One model on one accelerator. Not thread-safe: one thread calls it."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def submit(self, request: Request) -> None:
+        """Compute the request's KV here and decode until it finishes.
+
+        Raises RequestTooLong if it can never fit. Otherwise it waits its turn.
+        """
+        ...
+
+    def prefill(self, request: Request) -> None:
+        """Compute the KV of `request.kv_tokens` tokens, report progress, then hold. Raises RequestTooLong."""
+        ...
+
+    def rewrite(self, request_id: str, output: Sequence[int], quota: int) -> None:
+        """Replace the output of a HELD or RUNNING sequence, keep the KV of the common prefix, and decode `quota` more.
+
+        Decoding goes on whatever stop conditions say, then the sequence is HELD again. Raises KeyError if unknown.
+        """
+        ...
+
+    def reserve(self, request: Request) -> Reservation:
+        """Allocate blocks for KV of `request.kv_tokens` tokens that comes from elsewhere.
+
+        Raises OutOfBlocks, RequestTooLong.
+        """
+        ...
+
+    def import_kv(self, request_id: str, first_block: int, kv: torch.Tensor) -> None:
+        """Copy `kv` [layers, n, 2, kv_heads, block_size, head_dim] into blocks first_block.. of a RECEIVING sequence.
+
+        Raises KeyError if unknown, ValueError on a shape or range that does not fit.
+        """
+        ...
+
+    def activate(self, request_id: str) -> None:
+        """All KV of a RECEIVING sequence came: decode it until it finishes."""
+        ...
+
+    def export_kv(self, request_id: str, first_block: int, end_block: int) -> torch.Tensor:
+        """Copy of a sequence's blocks, [layers, n, 2, kv_heads, block_size, head_dim], on the CPU for CPU engines."""
+        ...
+
+    def propose(self, draft: Draft) -> bool:
+        """Attach a draft for the sequence's next step. False: stale, unknown or not verifiable; nothing happened."""
+        ...
+
+    def release(self, request_id: str) -> None:
+        """Forget a sequence and free its blocks; nothing happens if unknown."""
+        ...
+
+    def has_work(self) -> bool:
+        """True if `step` would advance, or admit, some sequence."""
+        ...
+
+    def step(self) -> StepOutput:
+        """Advance all sequences that can: decodes first, then prefill chunks up to the token budget."""
+        ...
+
+    def load(self) -> WorkerLoad:
+        """Queue, running and block counts now."""
+        ...

@@ -1,0 +1,1 @@
+"""KV blocks that change hands: leases and the links that carry them."""

@@ -1,0 +1,1 @@
+"""What a step means for a prefill, a draft and a verify worker."""
