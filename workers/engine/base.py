@@ -39,6 +39,7 @@ class KvLayout:
     head_dim: int
     block_size: int
     dtype: str  # "float32" or "bfloat16"
+    packing: str = "rows"  # order inside a block; peers must agree on it, since blocks are moved whole
 
     @property
     def block_bytes(self) -> int:
@@ -47,7 +48,7 @@ class KvLayout:
         return self.layers * 2 * self.kv_heads * self.block_size * self.head_dim * width
 
     def __str__(self) -> str:
-        return f"{self.layers}x2x{self.kv_heads}x{self.block_size}x{self.head_dim}:{self.dtype}"
+        return f"{self.layers}x2x{self.kv_heads}x{self.block_size}x{self.head_dim}:{self.dtype}:{self.packing}"
 
 
 @dataclass(frozen=True, slots=True)

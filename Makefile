@@ -1,0 +1,56 @@
+# make demo: bring a cluster up, serve a dozen prompts, print where their time went, take it down.
+# make test: every test, lint and type check.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROTOS := tidemill/proto/inference.proto tidemill/core/control.proto
+
+.PHONY: help env demo test lint types unit e2e bench protos clean
+
+help:
+	@grep -E '^# make' Makefile | sed 's/^# //'
+
+env: $(VENV)/.installed
+
+$(VENV)/.installed: requirements/dev.txt pyproject.toml
+	@echo "making the environment in $(VENV) (a few minutes the first time)"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tidemill needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
+
+demo: env
+	@$(BIN)/tidemill demo
+
+# make unit: the tests that need no process but their own, under a minute.
+unit: env
+	$(BIN)/python -m pytest tests/unit tests/contract
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: env
+	$(BIN)/mypy
+
+e2e: env
+	$(BIN)/python -m pytest tests/e2e
+
+test: lint types env
+	$(BIN)/python -m pytest tests
+
+# make bench: the measurements of the README, against vLLM on the same core (makes a second environment for it).
+bench: env
+	$(BIN)/python -m benchmarks.engine --venv .venv-vllm
+
+# make protos: the generated code beside the .proto files.
+protos: env
+	for proto in $(PROTOS); do $(BIN)/python -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. \
+	  --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	  --mypy_out=. --mypy_grpc_out=. $$proto; done
+
+clean:
+	rm -rf $(VENV) .venv-vllm build dist *.egg-info

@@ -1,0 +1,169 @@
+"""Runs the decoder with the compiled CPU kernels: one C call a step."""
+
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+
+import torch
+from torch import Tensor
+
+from workers.engine.native.batch import StepBatch
+from workers.engine.native.build import load_kernels
+from workers.engine.native.config import ModelConfig
+from workers.engine.native.weights import ModelWeights
+
+LANES = 16
+MAX_HEAD_DIM = 256
+MAX_GROUP = 16
+
+
+class _Layer(Structure):
+    _fields_ = [(name, c_void_p) for name in ("input_norm", "qkv", "output", "post_norm", "gate_up", "down", "q_norm",
+                                              "k_norm", "qkv_bias", "output_bias")]  # fmt: skip
+
+
+class _Decoder(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("is_bf16", "layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim",
+                                       "vocabulary")),
+        ("eps", c_float),
+        ("scale", c_float),
+        ("layer", POINTER(_Layer)),
+        *((name, c_void_p) for name in ("final_norm", "head", "cosines")),
+    ]  # fmt: skip
+
+
+class _Step(Structure):
+    _fields_ = [
+        *((name, c_int64) for name in ("rows", "logit_rows")),
+        *((name, c_int32) for name in ("sequences", "table_width", "block_size")),
+        *((name, c_void_p) for name in ("positions", "slots", "logit_row", "starts", "context", "tables")),
+        *((name, c_void_p) for name in ("residual", "normed", "qkv", "query", "mixed", "update", "gate_up", "gated")),
+        ("kv", c_void_p),
+        ("kv_layer_stride", c_int64),
+        ("logits", c_void_p),
+    ]  # fmt: skip
+
+
+def unsupported(config: ModelConfig, block_size: int) -> str | None:
+    """Why the compiled kernels cannot run a model, or None if they can."""
+    sizes = (config.hidden_size, config.intermediate_size, config.head_dim, block_size)
+    if any(size % LANES for size in sizes):
+        return f"hidden, feed-forward, head and block sizes must be multiples of {LANES}, not {sizes}"
+    if config.head_dim > MAX_HEAD_DIM or config.head_dim % 32:
+        return f"head size must be a multiple of 32 up to {MAX_HEAD_DIM}, not {config.head_dim}"
+    if config.num_heads // config.num_kv_heads > MAX_GROUP:
+        return f"at most {MAX_GROUP} query heads per KV head"
+    return None
+
+
+class CpuRunner:
+    """Holds the packed weights and the scratch memory; `forward` is not reentrant."""
+
+    packing = "channels-first"  # how keys lie inside a KV block: see kernels/attention.h
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, dtype: torch.dtype) -> None:
+        self._config = config
+        self._dtype = dtype
+        self._library = load_kernels()
+        self._library.packed_size.restype = c_int64
+        self._library.panel_columns.restype = c_int64
+        self._embedding = weights.embedding
+        self._kept: list[Tensor] = [weights.final_norm]  # whatever the structs point to
+        self._scratch_rows = 0
+        self._scratch: list[Tensor] = []
+        self._decoder = self._describe(weights)
+        self._step = _Step()
+
+    def _describe(self, weights: ModelWeights) -> _Decoder:
+        config = self._config
+        layers = (_Layer * config.num_layers)()
+        for into, layer in zip(layers, weights.layers, strict=True):
+            for name in ("qkv", "output", "gate_up", "down"):
+                setattr(into, name, self._packed(getattr(layer, name)))
+            for name in ("input_norm", "post_norm", "q_norm", "k_norm"):
+                setattr(into, name, self._pointer(getattr(layer, name)))
+            for name in ("qkv_bias", "output_bias"):
+                setattr(into, name, self._padded_bias(getattr(layer, name)))
+        cosines = config.cosines(torch.device("cpu"))
+        return _Decoder(
+            is_bf16=self._dtype is torch.bfloat16,
+            layers=config.num_layers,
+            hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
+            heads=config.num_heads,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            vocabulary=config.vocab_size,
+            eps=config.rms_norm_eps,
+            scale=config.head_dim**-0.5,
+            layer=layers,
+            final_norm=self._pointer(weights.final_norm),
+            head=self._packed(weights.head),
+            cosines=self._pointer(cosines),
+        )
+
+    def _pointer(self, tensor: Tensor | None) -> int | None:
+        if tensor is None:
+            return None
+        contiguous = tensor.contiguous()
+        self._kept.append(contiguous)
+        return contiguous.data_ptr()
+
+    def _packed(self, weight: Tensor) -> int:
+        rows, columns = weight.shape
+        packed = torch.empty(self._library.packed_size(c_int64(rows), c_int64(columns)), dtype=self._dtype)
+        source = weight.contiguous()
+        self._library.pack(
+            int(self._dtype is torch.bfloat16),
+            c_void_p(source.data_ptr()),
+            c_void_p(packed.data_ptr()),
+            c_int64(rows),
+            c_int64(columns),
+        )
+        self._kept.append(packed)
+        return packed.data_ptr()
+
+    def _padded_bias(self, bias: Tensor | None) -> int | None:
+        if bias is None:
+            return None
+        panel = self._library.panel_columns()
+        padded = torch.zeros(-(-bias.numel() // panel) * panel)
+        padded[: bias.numel()] = bias.float()
+        return self._pointer(padded)
+
+    def _grow_scratch(self, rows: int) -> None:
+        config = self._config
+        queries = config.num_heads * config.head_dim
+        widths = {
+            "normed": config.hidden_size,
+            "qkv": queries + 2 * config.num_kv_heads * config.head_dim,
+            "query": queries,
+            "mixed": queries,
+            "update": config.hidden_size,
+            "gate_up": 2 * config.intermediate_size,
+            "gated": config.intermediate_size,
+        }
+        self._scratch = [torch.empty(rows, width, dtype=self._dtype) for width in widths.values()]
+        for name, tensor in zip(widths, self._scratch, strict=True):
+            setattr(self._step, name, tensor.data_ptr())
+        self._scratch_rows = rows
+
+    def forward(self, batch: StepBatch, kv: Tensor) -> Tensor:
+        """Float32 logits [R, vocabulary]; keys and values of all rows are written to `kv`."""
+        rows, wanted = batch.token_ids.numel(), batch.logit_rows.numel()
+        if rows > self._scratch_rows:
+            self._grow_scratch(rows)
+        residual = self._embedding[batch.token_ids]
+        logits = torch.empty(wanted, self._config.vocab_size)
+        step = self._step
+        step.rows, step.logit_rows = rows, wanted
+        step.sequences, step.table_width = batch.block_tables.shape
+        step.block_size = kv.shape[4]
+        step.positions, step.slots = batch.positions.data_ptr(), batch.slots.data_ptr()
+        step.logit_row, step.starts = batch.logit_rows.data_ptr(), batch.query_starts.data_ptr()
+        step.context, step.tables = batch.context_lengths.data_ptr(), batch.block_tables.data_ptr()
+        step.residual, step.logits = residual.data_ptr(), logits.data_ptr()
+        step.kv, step.kv_layer_stride = kv.data_ptr(), kv.stride(0)
+        self._library.decoder_forward(byref(self._decoder), byref(step))
+        return logits
+
+
