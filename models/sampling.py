@@ -15,7 +15,8 @@ from torch import Tensor
 
 def keyed_gumbel(seed: int, position: int, vocabulary: int) -> Tensor:
     """Gumbel noise for every token of a position, from the counter-based generator Philox: [vocabulary] float32."""
-    uniform = np.random.Generator(np.random.Philox(key=seed, counter=position)).random(vocabulary)
+    # The position is the counter's second word: the first one counts the draws of a position.
+    uniform = np.random.Generator(np.random.Philox(key=seed, counter=position << 64)).random(vocabulary)
     return torch.from_numpy(-np.log(-np.log(np.maximum(uniform, 1e-300)))).float()
 
 

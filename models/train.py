@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -75,7 +74,7 @@ def batches(data: Corpus, recipe: Recipe) -> Callable[[int], Tensor]:
     """A function from a window length to rows of token ids, each starting with the end-of-text token.
 
     Starting every window with that token makes position 0 look as it does at inference, where the tokenizer puts it.
-    One row in sixteen, at least one in every other batch, is chat examples.
+    One row in sixteen, on average, is chat examples.
     """
     random = np.random.default_rng(recipe.seed)
     chat_starts = np.flatnonzero(data.chat == 0)
@@ -100,7 +99,7 @@ class Optimizer:
     """Muon for the matrices of the layers, AdamW for the embedding and the norms, one learning rate for both.
 
     Muon: Jordan et al., https://kellerjordan.github.io/posts/muon, with the update scaled to AdamW's as in Liu et al.,
-    "Muon is Scalable for LLM Training" (arXiv 2502.16982). It needs about two thirds of the tokens AdamW needs here.
+    "Muon is Scalable for LLM Training" (arXiv 2502.16982).
     """
 
     def __init__(self, model: Llama, recipe: Recipe) -> None:

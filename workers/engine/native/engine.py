@@ -75,7 +75,7 @@ class NativeEngine:
         )
 
     @classmethod
-    def load(cls, folder: Path, settings: EngineSettings) -> "NativeEngine":
+    def from_folder(cls, folder: Path, settings: EngineSettings) -> "NativeEngine":
         """Serve a Hugging Face folder. Raises ModelFolderError, TokenizerError, NoCompiler."""
         model = NativeModel.load(
             folder,

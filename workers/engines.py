@@ -1,0 +1,25 @@
+"""Makes the engine a role needs: target weights for prefill and verify, the draft model for draft."""
+
+import os
+
+import torch
+
+from tidemill.core.model import Role
+from tidemill.core.settings import Settings
+from tidemill.core.text import load_tokenizer
+from workers.engine.base import Engine
+from workers.engine.emulated import EmulatedEngine
+from workers.engine.native.engine import NativeEngine
+
+
+def make_engine(settings: Settings, role: Role) -> Engine:
+    """Raises ModelFolderError, TokenizerError or NoCompiler, each with what to do."""
+    model = settings.draft if role is Role.DRAFT else settings.target
+    if model is None:
+        raise ValueError("a draft worker needs the setting draft.path")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads of one engine must not starve the next
+    torch.set_num_threads(settings.engine.threads)
+    if settings.engine.kind == "emulated":
+        tokenizer = load_tokenizer(model.path)
+        return EmulatedEngine(settings.engine, tokenizer.get_vocab_size(), tokenizer)
+    return NativeEngine.from_folder(model.path, settings.engine)
