@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,6 +16,9 @@ WINDOW = 512
 CONTINUATION = 96
 CHAIN = 4
 
+Figures = dict[str, dict[str, float]]
+MARKS = ("<!-- figures: written by `models/train.py evaluate` -->", "<!-- end of figures -->")
+
 
 @torch.inference_mode()
 def held_out_loss(model: Llama, held_out: Tokens) -> float:
@@ -22,7 +26,7 @@ def held_out_loss(model: Llama, held_out: Tokens) -> float:
     starts = range(0, held_out.size - WINDOW, WINDOW)
     rows = np.stack([np.concatenate([np.zeros(1, np.int64), held_out[at : at + WINDOW]]) for at in starts])
     total = 0.0
-    for batch in torch.from_numpy(rows).split(8):
+    for batch in torch.split(torch.from_numpy(rows), 8):
         with torch.autocast("cpu", torch.bfloat16):
             logits = model(batch[:, :-1])
         total += F.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten()).item() * len(batch)
@@ -61,9 +65,7 @@ def acceptance(target: Llama, draft: Llama, prompts: Sequence[list[int]], temper
     }
 
 
-def evaluate_pair(
-    target: Llama, draft: Llama, held_out: Tokens, prompts: Sequence[list[int]]
-) -> dict[str, dict[str, float]]:
+def evaluate_pair(target: Llama, draft: Llama, held_out: Tokens, prompts: Sequence[list[int]]) -> Figures:
     """All figures of the model card."""
     return {
         "held_out_loss": {
@@ -74,3 +76,28 @@ def evaluate_pair(
         "acceptance_greedy": acceptance(target, draft, prompts, 0.0),
         "acceptance_temperature_1": acceptance(target, draft, prompts, 1.0),
     }
+
+
+def figures_table(figures: Figures) -> str:
+    """The figures as the model card shows them."""
+    greedy, sampled = figures["acceptance_greedy"], figures["acceptance_temperature_1"]
+    lines = ["| | Target | Draft |", "|---|---|---|"]
+    lines.append("| Parameters | {target:,} | {draft:,} |".format(**figures["parameters"]))
+    lines.append("| Held-out loss, nats per token | {target:.3f} | {draft:.3f} |".format(**figures["held_out_loss"]))
+    lines += ["", "| Acceptance of the draft | Greedy | Temperature 1 |", "|---|---|---|"]
+    rows = {
+        "first_choice": "First choice is the target's token",
+        "among_three": "Target's token is among its first three",
+    }
+    for key, label in rows.items():
+        lines.append(f"| {label} | {greedy[key]:.1%} | {sampled[key]:.1%} |")
+    key = "tokens_per_round"
+    lines.append(f"| Tokens a round with a chain of {CHAIN} | {greedy[key]:.2f} | {sampled[key]:.2f} |")
+    return "\n".join(lines)
+
+
+def write_card(card: Path, figures: Figures) -> None:
+    """Put the table between the two marks of the model card."""
+    before, rest = card.read_text(encoding="utf-8").split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    card.write_text(f"{before}{MARKS[0]}\n{figures_table(figures)}\n{MARKS[1]}{after}", encoding="utf-8")

@@ -1,7 +1,7 @@
 """A plain Llama in torch, for training: weights carry the names of Hugging Face's LlamaForCausalLM.
 
-RMSNorm, rotary positions (half-rotation layout), grouped-query attention, SwiGLU and a head tied to the embedding, as in
-Touvron et al., "LLaMA" (arXiv 2302.13971), Ainslie et al., "GQA" (arXiv 2305.13245).
+RMSNorm, rotary positions (half-rotation layout), grouped-query attention, SwiGLU and a head tied to the embedding, as
+in Touvron et al., "LLaMA" (arXiv 2302.13971) and Ainslie et al., "GQA" (arXiv 2305.13245).
 """
 
 from __future__ import annotations

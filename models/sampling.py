@@ -40,8 +40,10 @@ def generate(model: Llama, prompt: list[int], count: int, temperature: float, se
     return ids
 
 
-@torch.inference_mode()
-def sample_continuations(model: Llama, prompts: Tensor, count: int, temperature: float, random: torch.Generator) -> Tensor:
+@torch.no_grad()
+def sample_continuations(
+    model: Llama, prompts: Tensor, count: int, temperature: float, random: torch.Generator
+) -> Tensor:
     """Many rows [rows, tokens] of equal length at once, each continued by `count` sampled tokens."""
     past: KeyValues = []
     logits = model(prompts, past)[:, -1]

@@ -1,9 +1,9 @@
-"""Train the bundled pair on this Python's standard library, on one CPU thread: a target, then a draft distilled from it.
+"""Train the bundled pair on this Python's standard library: a target, then a draft distilled from it.
 
     python models/train.py prepare                       # tokenizer, prompts.jsonl, two untrained folders
-    python models/train.py target --minutes 60
+    python models/train.py target --minutes 50
     python models/train.py draft --minutes 20            # needs the target
-    python models/train.py evaluate --out models/evaluation.json
+    python models/train.py evaluate                      # evaluation.json and the figures of the model card
 
 `--minutes` trains until the time is up and says how many steps that took; `--steps` trains that many and is
 deterministic: same machine type, same torch, same seed, same weights.
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from corpus import Corpus, Tokens
-from evaluate import evaluate_pair, held_out_loss
+from evaluate import evaluate_pair, held_out_loss, write_card
 from llama import Llama, LlamaConfig, load_folder, save_folder
 from sampling import sample_continuations
 from tokenizers import Tokenizer
@@ -39,7 +39,7 @@ DRAFT = LlamaConfig(
 PROMPTS = 50
 LOG_EVERY_S, SAVE_EVERY_S = 20.0, 240.0
 
-# Share of the training done -> tokens in a window: short ones first, long ones at the end so that late positions are seen.
+# Share of the training done -> tokens in a window: short ones first, long ones last so that late positions are seen.
 WINDOW_PLAN = ((0.55, 256), (0.85, 512), (0.95, 1024), (1.0, 2048))
 
 
@@ -51,7 +51,7 @@ class Recipe:
     steps: int | None
     seed: int
     learning_rate: float
-    tokens_per_step: int = 4096
+    tokens_per_step: int
     warm_up_steps: int = 100
     weight_decay: float = 0.1
 
@@ -114,7 +114,7 @@ class Optimizer:
         ]
 
     def step(self, loss: Tensor, rate: float) -> None:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         for part in self.parts:
             for group in part.param_groups:
@@ -144,14 +144,19 @@ def train(
         if now - logged >= LOG_EVERY_S:
             left = (now - started) * (1 / max(recipe.progress(step, now - started), 1e-6) - 1)
             mean = sum(recent) / len(recent)
-            print(f"step {step}  loss {mean:.3f}  {tokens / (now - logged):.0f} tokens/s  {left / 60:.1f} min left", flush=True)
+            print(
+                f"step {step}  loss {mean:.3f}  {tokens / (now - logged):.0f} tokens/s  {left / 60:.1f} min left",
+                flush=True,
+            )
             logged, tokens, recent = now, 0, []
         if now - saved >= SAVE_EVERY_S:
             save()
             print(f"step {step}  saved  held-out loss {held_out():.3f}", flush=True)
             saved = time.monotonic()
     save()
-    print(f"done: {step} steps in {(time.monotonic() - started) / 60:.1f} min, held-out loss {held_out():.3f}", flush=True)
+    print(
+        f"done: {step} steps in {(time.monotonic() - started) / 60:.1f} min, held-out loss {held_out():.3f}", flush=True
+    )
     return step
 
 
@@ -162,45 +167,48 @@ def next_token_loss(model: Llama, rows: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten())
 
 
-def distillation_loss(draft: Llama, target: Llama, rows: Tensor) -> Tensor:
-    """Mean KL(target || draft) in nats over rows [rows, tokens]: Hinton et al. (arXiv 1503.02531), temperature 1."""
-    with torch.autocast("cpu", torch.bfloat16):
-        with torch.inference_mode():
-            wanted = target(rows).float().log_softmax(-1)
-        got = draft(rows).float().log_softmax(-1)
-    return F.kl_div(got.flatten(0, 1), wanted.clone().flatten(0, 1), log_target=True, reduction="batchmean")
+class Distillation:
+    """A draft's loss: mean KL(target || draft) in nats, at temperature 1 (Hinton et al., arXiv 1503.02531).
 
-
-def target_loss(model: Llama, data: Corpus, recipe: Recipe) -> Callable[[int], Tensor]:
-    draw = batches(data, recipe)
-    return lambda length: next_token_loss(model, draw(length))
-
-
-def draft_loss(draft: Llama, target: Llama, data: Corpus, recipe: Recipe) -> Callable[[int], Tensor]:
-    """Every second batch is text of the target's own making, since that is what a draft must foresee.
-
-    Such a batch takes the first tokens of real windows and lets the target go on at a temperature drawn from 0 to 1.
-    Each is used several times, because sampling costs more than learning.
+    Every second batch is text of the target's own making, since that is what a draft must foresee (Zhou et al.,
+    "DistillSpec", arXiv 2310.08461): beginnings of real windows that the target continues greedily or sampled. They are
+    drawn from a pool that is refilled now and then, because sampling costs more than learning.
     """
-    draw = batches(data, recipe)
-    random = torch.Generator().manual_seed(recipe.seed)
-    pool: list[Tensor] = []
-    count = 0
 
-    def loss(length: int) -> Tensor:
-        nonlocal count
-        count += 1
-        if count % 2:
-            return distillation_loss(draft, target, draw(length)[:, :-1])
-        if count % 24 == 2:
-            prompts = draw(256)[:, :64]
-            temperature = float(torch.randint(0, 3, (), generator=random)) / 2
-            with torch.autocast("cpu", torch.bfloat16):
-                pool.append(sample_continuations(target, prompts, 192, temperature, random))
-            del pool[:-16]
-        return distillation_loss(draft, target, pool[int(torch.randint(len(pool), (), generator=random))])
+    PROMPT, WINDOW = 64, 256
+    TEMPERATURES = (0.0, 0.8, 1.0)
+    REFILL_EVERY, REFILL_ROWS, POOL_ROWS = 48, 64, 512
 
-    return loss
+    def __init__(self, draft: Llama, target: Llama, data: Corpus, recipe: Recipe) -> None:
+        self.draft, self.target, self.recipe = draft, target, recipe
+        self.draw = batches(data, recipe)
+        self.random = torch.Generator().manual_seed(recipe.seed)
+        self.pool = torch.empty(0, self.WINDOW, dtype=torch.long)
+        self.step = 0
+
+    def __call__(self, length: int) -> Tensor:
+        self.step += 1
+        if self.step % 2:
+            return self.divergence(self.draw(length)[:, :-1])
+        if self.step % self.REFILL_EVERY == 2:
+            self.refill()
+        rows = torch.randint(len(self.pool), (self.recipe.tokens_per_step // self.WINDOW,), generator=self.random)
+        return self.divergence(self.pool[rows])
+
+    def refill(self) -> None:
+        """Add the target's continuations of real text at one temperature; the oldest rows leave."""
+        count = self.REFILL_ROWS * self.WINDOW // self.recipe.tokens_per_step
+        prompts = torch.cat([self.draw(self.WINDOW)[:, : self.PROMPT] for _ in range(max(count, 1))])
+        temperature = self.TEMPERATURES[self.step // self.REFILL_EVERY % len(self.TEMPERATURES)]
+        with torch.autocast("cpu", torch.bfloat16):
+            fresh = sample_continuations(self.target, prompts, self.WINDOW - self.PROMPT, temperature, self.random)
+        self.pool = torch.cat([self.pool, fresh])[-self.POOL_ROWS :]
+
+    def divergence(self, rows: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            wanted, got = self.target(rows), self.draft(rows)
+        wanted, got = (logits.flatten(0, 1).float().log_softmax(-1) for logits in (wanted, got))
+        return F.kl_div(got, wanted, log_target=True, reduction="batchmean")
 
 
 def prepare(files: list[corpus.SourceFile]) -> None:
@@ -224,12 +232,14 @@ def run(args: argparse.Namespace) -> None:
     print(f"{data.train.size} training tokens, {data.held_out.size} held out, {data.chat.size} of chat", flush=True)
     is_target = args.command == "target"
     model = Llama(TARGET if is_target else DRAFT)
-    recipe = Recipe(args.minutes if args.steps is None else None, args.steps, args.seed, args.learning_rate)
+    minutes = args.minutes if args.steps is None else None
+    recipe = Recipe(minutes, args.steps, args.seed, args.learning_rate, args.tokens_per_step)
     print(f"{args.command}: {model.parameter_count() / 1e6:.2f}M parameters", flush=True)
     if is_target:
-        loss = target_loss(model, data, recipe)
+        draw = batches(data, recipe)
+        loss: Callable[[int], Tensor] = lambda length: next_token_loss(model, draw(length))  # noqa: E731
     else:
-        loss = draft_loss(model, load_folder(HERE / "target"), data, recipe)
+        loss = Distillation(model, load_folder(HERE / "target"), data, recipe)
     steps = train(
         model,
         recipe,
@@ -241,7 +251,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Measure the pair in the folders and write the numbers."""
+    """Measure the pair in the folders; the numbers go to `--out` and into the model card."""
     tokenizer = Tokenizer.from_file(str(HERE / "target" / "tokenizer.json"))
     data = corpus.build_corpus(corpus.read_library(), tokenizer)
     lines = (HERE / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
@@ -250,6 +260,7 @@ def evaluate(args: argparse.Namespace) -> None:
     text = json.dumps(figures, indent=2)
     print(text)
     args.out.write_text(text + "\n", encoding="utf-8")
+    write_card(HERE / "README.md", figures)
 
 
 def main() -> None:
@@ -257,11 +268,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="OpenMP threads (default 1)")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("prepare", help="tokenizer, prompts and untrained folders")
-    for name, minutes, rate in (("target", 60.0, 2e-3), ("draft", 20.0, 4e-3)):
+    for name, minutes, rate, tokens in (("target", 50.0, 2e-3, 4096), ("draft", 20.0, 4e-3, 2048)):
         command = commands.add_parser(name, help=f"train the {name}")
         command.add_argument("--minutes", type=float, default=minutes, help=f"train this long (default {minutes:.0f})")
         command.add_argument("--steps", type=int, help="train this many steps instead")
         command.add_argument("--learning-rate", type=float, default=rate, help=f"peak (default {rate})")
+        command.add_argument("--tokens-per-step", type=int, default=tokens, help=f"default {tokens}")
         command.add_argument("--seed", type=int, default=0)
     measure = commands.add_parser("evaluate", help="held-out loss and acceptance")
     measure.add_argument("--out", type=Path, default=HERE / "evaluation.json")

@@ -1,7 +1,5 @@
 """Makes the engine a role needs: target weights for prefill and verify, the draft model for draft."""
 
-import os
-
 import torch
 
 from tidemill.core.model import Role
@@ -17,7 +15,6 @@ def make_engine(settings: Settings, role: Role) -> Engine:
     model = settings.draft if role is Role.DRAFT else settings.target
     if model is None:
         raise ValueError("a draft worker needs the setting draft.path")
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # idle threads of one engine must not starve the next
     torch.set_num_threads(settings.engine.threads)
     if settings.engine.kind == "emulated":
         tokenizer = load_tokenizer(model.path)

@@ -80,6 +80,7 @@ class Worker:
         self._address = ""
         self._epoch = new_epoch()
         self._first_role = role
+        self._links: LinkHost | None = None  # made with the first verify role
         self._owners: dict[str, int] = {}  # request -> router stream
         self._events: dict[int, list[Event]] = {}  # router stream -> what it will hear at the end of this turn
         self._sequences: dict[int, int] = {}  # router stream -> reports sent
@@ -95,13 +96,6 @@ class Worker:
         sys.setswitchinterval(0.0005)  # the service's thread must not wait for the engine's Python code
         self._metrics_server, self._metrics_thread = start_http_server(0, self._host, self.metrics.registry)
         self._address = self._service.start()
-        self._links = LinkHost(
-            self._host,
-            self._engine_of(Role.VERIFY).info.kv if self._first_role is not Role.DRAFT else self._engine.info.kv,
-            torch.device(self._settings.engine.device),
-            self._settings.deadlines.link_s,
-            self._on_arrival,
-        )
         self._role = self._make_role(self._first_role)
         self._lifecycle.move(WorkerState.SERVING)
         self._thread.start()
@@ -161,6 +155,9 @@ class Worker:
             return PrefillRole(self._engine, self, self._settings, self.metrics, opener, self._mailbox.post)
         if role is Role.DRAFT:
             return DraftRole(self._engine, self, self._settings)
+        if self._links is None:
+            device, timeout_s = torch.device(self._settings.engine.device), self._settings.deadlines.link_s
+            self._links = LinkHost(self._host, self._engine.info.kv, device, timeout_s, self._on_arrival)
         drafters = DrafterPool(self._settings.speculation, self._service.connect_drafter)
         return VerifyRole(self._engine, self, self._settings, self.metrics, self.peer, drafters)
 
@@ -205,6 +202,8 @@ class Worker:
         """(rendezvous, group) for a prefill worker that is about to send. Raises ValueError if it has the wrong one."""
         if receiver != self.peer.id:
             raise ValueError(f"{receiver} is gone; this is {self.peer.id}")
+        if self._links is None or self.role is not Role.VERIFY:
+            raise ValueError(f"{self.peer.id} is a {self.role} worker and takes no KV")
         if layout != str(self._engine.info.kv):
             raise ValueError(f"KV layouts differ: {layout} is offered, {self._engine.info.kv} is used here")
         return self._links.rendezvous, self._links.accept(self.peer.id, sender)

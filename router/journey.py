@@ -1,0 +1,104 @@
+"""What is known of one request on its way: where it is, what was sent, how long each part took."""
+
+from dataclasses import dataclass, field
+
+from tidemill.core.lifecycle import REQUEST_MOVES, Lifecycle, RequestState
+from tidemill.core.messages import FirstToken, Prefilled, Tokens
+from tidemill.core.model import Request, WorkerId
+from tidemill.types import FinishReason, Route, Speculation, Summary, Timing
+
+
+def _new_lifecycle() -> Lifecycle[RequestState]:
+    return Lifecycle(RequestState.QUEUED, REQUEST_MOVES)
+
+
+@dataclass(slots=True, eq=False)
+class Journey:
+    """Belongs to the coroutine that serves the request. Times are monotonic seconds."""
+
+    request: Request  # as it arrived; `current` has the tokens sent since
+    arrived_at: float
+    deadline: float
+    lifecycle: Lifecycle[RequestState] = field(default_factory=_new_lifecycle)
+    sent: list[int] = field(default_factory=list)
+    avoid: set[WorkerId] = field(default_factory=set)  # workers that failed it
+    refused: set[WorkerId] = field(default_factory=set)  # workers without room at the moment
+    failures: int = 0
+    split_reason: str = ""
+    prefill_worker: str = ""
+    verify_worker: str = ""
+    draft_worker: str = ""
+    prefill_s: float = 0.0
+    computing_done_at: float = 0.0  # prefill worker done, or nothing to prefill
+    first_at: float = 0.0
+    last_at: float = 0.0
+    timing: Timing = field(default_factory=Timing)
+    verify_steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    finish: FinishReason | None = None
+
+    @property
+    def current(self) -> Request:
+        """The request as the next worker must see it."""
+        return self.request.resumed(self.sent) if self.sent else self.request
+
+    def prefilled(self, event: Prefilled | None, now: float) -> None:
+        """The prompt's KV is computed; None if the verify worker had all of it."""
+        self.prefill_s = event.prefill_s if event else 0.0
+        self.computing_done_at = now
+
+    def took(self, event: Tokens, now: float) -> None:
+        """Count a step's tokens, which are about to be sent."""
+        if not self.sent and event.first is not None:
+            self._first_token(event.first, now)
+        self.sent += event.tokens
+        self.last_at = now
+        self.verify_steps += 1
+        self.drafted += event.drafted
+        self.accepted += event.accepted
+        self.finish = event.finish
+
+    def _first_token(self, first: FirstToken, now: float) -> None:
+        """The four parts add up to TTFT: each but one is measured, and that one is the rest."""
+        self.first_at = now
+        ttft_s = now - self.arrived_at
+        if self.prefill_worker:
+            decode_s = min(first.decode_s, max(now - self.computing_done_at, 0.0))
+            queue_s = self.computing_done_at - self.arrived_at - self.prefill_s
+            self.timing = Timing(queue_s, self.prefill_s, now - self.computing_done_at - decode_s, decode_s, ttft_s)
+        else:
+            prefill_s = min(first.prefill_s, ttft_s)
+            decode_s = min(first.decode_s, ttft_s - prefill_s)
+            self.timing = Timing(ttft_s - prefill_s - decode_s, prefill_s, 0.0, decode_s, ttft_s)
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean seconds per output token after the first; 0 with fewer than two."""
+        return (self.last_at - self.first_at) / (len(self.sent) - 1) if len(self.sent) > 1 else 0.0
+
+    def summary(self, model: str, now: float) -> Summary:
+        """For the client, once finished."""
+        assert self.finish is not None
+        timing = self.timing
+        return Summary(
+            request_id=self.request.id,
+            model=model,
+            finish_reason=self.finish,
+            prompt_tokens=len(self.request.prompt),
+            output_tokens=len(self.sent),
+            seed=self.request.sampling.seed or 0,
+            timing=Timing(
+                timing.queue_s,
+                timing.prefill_s,
+                timing.transfer_s,
+                timing.first_decode_s,
+                timing.ttft_s,
+                self.tpot_s,
+                now - self.arrived_at,
+            ),
+            route=Route(
+                self.prefill_worker, self.verify_worker, self.draft_worker, self.split_reason, self.failures
+            ),
+            speculation=Speculation(self.verify_steps, self.drafted, self.accepted),
+        )

@@ -1,0 +1,214 @@
+"""The router's live picture of the workers, and the streams to them.
+
+One stream per worker carries all requests' commands and events. It is opened when the controller names the worker and
+opened again, with growing pauses, for as long as it stays a member.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from tidemill.core import control_pb2 as pb
+from tidemill.core import wire
+from tidemill.core.clock import Clock
+from tidemill.core.control_pb2_grpc import WorkerStub
+from tidemill.core.messages import Cancel, Command, Event, Failed, Failure, Prefill, StepReport
+from tidemill.core.model import Member, Peer, PoolSnapshot, Role, WorkerLoad, WorkerSnapshot
+
+log = logging.getLogger(__name__)
+
+STALE_AFTER_S = 3.0  # workers report at least every half second; one silent for longer gets no new requests
+RETRY_S, MAX_RETRY_S = 0.1, 2.0
+OPTIONS = [
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    ("grpc.max_send_message_length", 64 * 1024 * 1024),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+
+
+class WorkerLost(Exception):
+    """The stream to a worker ended; what it held for this router is gone."""
+
+
+# What a request hears, from whichever of its workers: (worker, event).
+Heard = tuple["WorkerConnection", Event]
+
+
+@dataclass(slots=True, eq=False)
+class Conversation:
+    """One request with one worker. Belongs to the attempt that opened it, which closes it."""
+
+    worker: "WorkerConnection"
+    request_id: str
+    heard: asyncio.Queue[Heard]
+    prompt_tokens: int = 0  # counted as load until they are computed
+
+    def send(self, command: Command) -> None:
+        """Never blocks. Raises WorkerLost."""
+        if isinstance(command, Prefill):
+            self.prompt_tokens = command.request.kv_tokens
+        self.worker.send(command)
+
+    def close(self, *, cancel: bool) -> None:
+        """Hear no more; with `cancel` the worker drops what it holds."""
+        self.worker.close_conversation(self, cancel=cancel)
+
+
+class WorkerConnection:
+    """One worker incarnation. All of this runs on the router's event loop."""
+
+    def __init__(self, member: Member, clock: Clock) -> None:
+        self.peer = member.peer
+        self.role = member.role
+        self.accepting = False
+        self.load = WorkerLoad()
+        self.heard_at = float("-inf")
+        self._clock = clock
+        self._conversations: dict[str, Conversation] = {}
+        # None while there is no stream. Holds a few commands for each active request, whose number is bounded.
+        self._commands: asyncio.Queue[Command] | None = None
+        self._task = asyncio.create_task(self._keep_open(), name=f"worker-{member.peer.id}")
+
+    @property
+    def connected(self) -> bool:
+        return self._commands is not None
+
+    def snapshot(self) -> WorkerSnapshot:
+        tokens = sum(each.prompt_tokens for each in self._conversations.values())
+        return WorkerSnapshot(self.peer, self.role, self.load, len(self._conversations), tokens)
+
+    def usable(self, now: float) -> bool:
+        """True if new requests may go there."""
+        return self.connected and self.accepting and now - self.heard_at < STALE_AFTER_S
+
+    def open(self, request_id: str, heard: asyncio.Queue[Heard]) -> Conversation:
+        """Start to hear of a request; everything about it is put into `heard`."""
+        conversation = Conversation(self, request_id, heard)
+        self._conversations[request_id] = conversation
+        return conversation
+
+    def send(self, command: Command) -> None:
+        if self._commands is None:
+            raise WorkerLost(f"{self.peer.id} is not connected")
+        self._commands.put_nowait(command)
+
+    def close_conversation(self, conversation: Conversation, *, cancel: bool) -> None:
+        if self._conversations.get(conversation.request_id) is conversation:
+            del self._conversations[conversation.request_id]
+            if cancel and self._commands is not None:
+                self._commands.put_nowait(Cancel(conversation.request_id))
+
+    async def close(self) -> None:
+        self._task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _keep_open(self) -> None:
+        pause_s = RETRY_S
+        while True:
+            why = "its stream ended"
+            try:
+                async with grpc.aio.insecure_channel(self.peer.address, options=OPTIONS) as channel:
+                    self._commands = asyncio.Queue()
+                    async for message in WorkerStub(channel).Attach(self._outgoing(self._commands)):
+                        self._take(wire.report_from_pb(message))
+                        pause_s = RETRY_S
+            except grpc.aio.AioRpcError as error:
+                why = f"{error.code().name}: {error.details()}"
+            except ValueError as error:
+                why = str(error)
+            finally:
+                self._lose(why)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, MAX_RETRY_S)
+
+    async def _outgoing(self, commands: "asyncio.Queue[Command]") -> AsyncIterator[pb.Command]:
+        while True:
+            yield wire.command_to_pb(await commands.get())
+
+    def _take(self, report: StepReport) -> None:
+        self.heard_at = self._clock.monotonic()
+        self.load, self.accepting = report.load, report.accepting
+        if report.worker != self.peer.id or report.role is not self.role:
+            self._become(report)
+        for event in report.events:
+            conversation = self._conversations.get(event.request_id)
+            if conversation is not None:
+                conversation.heard.put_nowait((self, event))
+
+    def _become(self, report: StepReport) -> None:
+        """The worker changed its role, or is another incarnation behind the same address: all it held is gone."""
+        log.info("%s is now %s, a %s worker", self.peer.id, report.worker, report.role)
+        self._fail_all(Failure.ROLE_CHANGED, f"{self.peer.id} became {report.worker}")
+        self.peer = Peer(report.worker, self.peer.address)
+        self.role = report.role
+
+    def _lose(self, why: str) -> None:
+        if self._conversations:
+            log.warning("worker %s is lost with %d requests: %s", self.peer.id, len(self._conversations), why)
+        self._commands, self.accepting = None, False
+        self._fail_all(Failure.STOPPING, f"{self.peer.id} is lost: {why}")
+
+    def _fail_all(self, failure: Failure, detail: str) -> None:
+        for conversation in list(self._conversations.values()):
+            conversation.heard.put_nowait((self, Failed(conversation.request_id, failure, detail)))
+
+
+class PoolsView:
+    """All members."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._workers: dict[str, WorkerConnection] = {}
+
+    async def set_members(self, members: Sequence[Member]) -> None:
+        """Connect to new ones, leave those that are gone. A member is its name and address; epochs come with reports."""
+        wanted = {member.peer.address: member for member in members}
+        for address in [each for each in self._workers if each not in wanted]:
+            await self._workers.pop(address).close()
+        for address, member in wanted.items():
+            if address not in self._workers:
+                self._workers[address] = WorkerConnection(member, self._clock)
+
+    def snapshot(self) -> PoolSnapshot:
+        """The workers that can take requests now."""
+        now = self._clock.monotonic()
+        return PoolSnapshot(tuple(each.snapshot() for each in self._workers.values() if each.usable(now)))
+
+    def connection(self, peer: Peer) -> WorkerConnection:
+        """Raises WorkerLost if it is no member any more."""
+        worker = self._workers.get(peer.address)
+        if worker is None or worker.peer.id != peer.id:
+            raise WorkerLost(f"{peer.id} is gone")
+        return worker
+
+    def describe(self) -> list[dict[str, object]]:
+        """All members, reachable or not."""
+        now = self._clock.monotonic()
+        return [
+            {
+                "worker": str(each.peer.id),
+                "address": each.peer.address,
+                "role": str(each.role),
+                "state": "serving" if each.usable(now) else "draining" if each.connected else "unreachable",
+                "running": each.load.running_requests,
+                "queued": each.load.queued_requests,
+                "kv_blocks_used": each.load.kv_blocks_used,
+                "kv_blocks_leased": each.load.kv_blocks_leased,
+                "kv_blocks_total": each.load.kv_blocks_total,
+                "steps": each.load.steps,
+            }
+            for each in self._workers.values()
+        ]
+
+    def has(self, role: Role) -> bool:
+        return bool(self.snapshot().of(role))
+
+    async def close(self) -> None:
+        await self.set_members(())

@@ -1,0 +1,195 @@
+"""The life of a request, from admission to its last token.
+
+    1 admit      a bounded number is served, a bounded number waits, the rest is turned away
+    2 split      prefill on a prefill worker, or where it will be decoded
+    3 place      the least loaded verify, prefill and draft worker
+    4 reserve    the verify worker grants a lease for the KV blocks, or says no and another is tried
+    5 prefill    the prefill worker computes; finished blocks travel to the lease while the next are computed
+    6 decode     the verify worker's tokens, one message a step
+    7 finish     whatever any worker still holds is released, whether the request finished, failed or was cancelled
+
+A worker that fails, at whatever stage, costs the request a new attempt elsewhere from the tokens already sent. Being
+cancelled (the client left, its deadline passed) is an exception like any other: `finally` tells every worker at once.
+"""
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from router.attempt import Attempt, AttemptFailed, AttemptRefused
+from router.gate import Gate
+from router.journey import Journey
+from router.policy.placement import place
+from router.policy.split import SplitReason, split
+from router.pools_view import PoolsView
+from tidemill.core import metrics
+from tidemill.core.clock import Clock
+from tidemill.core.lifecycle import RequestState
+from tidemill.core.messages import Lease, LeaseGranted, Prefill, Prefilled, Refusal, Reserve, Submit, Tokens
+from tidemill.core.metrics import Metrics
+from tidemill.core.model import PoolSnapshot, Role, WorkerSnapshot
+from tidemill.core.settings import Settings
+from tidemill.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+
+log = logging.getLogger(__name__)
+
+REFUSED_PAUSE_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The workers of one attempt. Without `prefill` the verify worker computes the prompt itself."""
+
+    verify: WorkerSnapshot
+    prefill: WorkerSnapshot | None
+    draft: WorkerSnapshot | None
+
+
+class Router:
+    """Leads requests through the pools. One event loop, no thread of its own."""
+
+    def __init__(
+        self, settings: Settings, pools: PoolsView, gate: Gate, counters: Metrics, clock: Clock, rng: random.Random
+    ) -> None:
+        self._settings = settings
+        self._pools = pools
+        self._gate = gate
+        self._metrics = counters
+        self._clock = clock
+        self._rng = rng
+
+    async def serve(self, journey: Journey) -> AsyncIterator[list[Tokens]]:
+        """The steps of a request, each list as soon as it is there. Raises TidemillError."""
+        async with self._gate.admitted():  # 1
+            while journey.finish is None:
+                attempt = Attempt(journey.current, self._pools)
+                try:
+                    placement = await self._split_and_place(journey)  # 2, 3
+                    if placement.prefill is None:
+                        self._submit(journey, attempt, placement)
+                    else:
+                        lease = await self._reserve(journey, attempt, placement)  # 4
+                        await self._prefill(journey, attempt, placement, lease)  # 5
+                    async for steps in self._decode(journey, attempt, placement):  # 6
+                        yield steps
+                except AttemptRefused as refusal:
+                    await self._try_another(journey, refusal)
+                except AttemptFailed as failure:
+                    self._try_again(journey, failure)
+                finally:
+                    attempt.close(journey.finish)  # 7
+
+    async def _split_and_place(self, journey: Journey) -> Placement:
+        """Waits for a verify worker if there is none at the moment."""
+        while True:
+            snapshot = self._pools.snapshot()
+            verify = self._choose(snapshot, Role.VERIFY, journey)
+            if verify is not None:
+                break
+            journey.refused.clear()
+            self._check_patience(journey, Unavailable("no verify worker can be reached; see `tidemill status`"))
+            await asyncio.sleep(REFUSED_PAUSE_S)
+        elsewhere = split(snapshot, journey.current, self._settings.split.min_prefill_tokens)
+        self._metrics.add(metrics.DECISIONS, policy="split", reason=elsewhere.reason)
+        prefill = self._choose(snapshot, Role.PREFILL, journey) if elsewhere.choice else None
+        draft = self._choose(snapshot, Role.DRAFT, journey) if self._settings.speculation.enabled else None
+        journey.lifecycle.move(RequestState.PLACED)
+        journey.split_reason = elsewhere.reason if prefill or not elsewhere.choice else SplitReason.NO_PREFILL_WORKERS
+        journey.verify_worker = str(verify.peer.id)
+        journey.prefill_worker = str(prefill.peer.id) if prefill else ""
+        journey.draft_worker = str(draft.peer.id) if draft else ""
+        return Placement(verify, prefill, draft)
+
+    def _choose(self, snapshot: PoolSnapshot, role: Role, journey: Journey) -> WorkerSnapshot | None:
+        decision = place(snapshot, role, journey.avoid | journey.refused, self._rng)
+        self._metrics.add(metrics.DECISIONS, policy="placement", reason=decision.reason)
+        return decision.choice
+
+    def _submit(self, journey: Journey, attempt: Attempt, placement: Placement) -> None:
+        drafter = placement.draft.peer if placement.draft else None
+        attempt.tell(placement.verify, Submit(attempt.request, drafter))
+        journey.prefilled(None, self._clock.monotonic())
+
+    async def _reserve(self, journey: Journey, attempt: Attempt, placement: Placement) -> Lease:
+        deadlines = self._settings.deadlines
+        drafter = placement.draft.peer if placement.draft else None
+        attempt.tell(placement.verify, Reserve(attempt.request, deadlines.lease_s, drafter))
+        granted = await attempt.expect(LeaseGranted, self._left(journey, deadlines.reserve_s), placement.verify)
+        journey.lifecycle.move(RequestState.RESERVED)
+        return granted.lease
+
+    async def _prefill(self, journey: Journey, attempt: Attempt, placement: Placement, lease: Lease) -> None:
+        """Nothing to do if the verify worker had all blocks in its prefix cache."""
+        assert placement.prefill is not None
+        done: Prefilled | None = None
+        if lease.first_block < lease.end_block:
+            attempt.tell(placement.prefill, Prefill(attempt.request, lease))
+            patience_s = self._left(journey, self._settings.deadlines.prefill_s)
+            done = await attempt.expect(Prefilled, patience_s, placement.prefill)
+        journey.lifecycle.move(RequestState.PREFILLED)
+        journey.prefilled(done, self._clock.monotonic())
+
+    async def _decode(
+        self, journey: Journey, attempt: Attempt, placement: Placement
+    ) -> AsyncIterator[list[Tokens]]:
+        """The first token may take a prompt's time, those after it a step's."""
+        deadlines = self._settings.deadlines
+        patience_s = deadlines.transfer_s if placement.prefill else deadlines.prefill_s
+        slo_class = journey.request.slo_class
+        while journey.finish is None:
+            event = await attempt.next(self._left(journey, patience_s), placement.verify)
+            if not isinstance(event, Tokens):
+                continue  # a late word of the prefill worker
+            if journey.lifecycle.state is not RequestState.DECODING:
+                journey.lifecycle.move(RequestState.DECODING)
+            steps = [event, *attempt.more_tokens()]
+            now = self._clock.monotonic()
+            if journey.sent:
+                self._metrics.observe(metrics.ITL, now - journey.last_at, slo_class=slo_class)
+            for step in steps:
+                journey.took(step, now)
+            if journey.finish is not None:
+                journey.lifecycle.move(RequestState.FINISHED)
+            yield steps
+            patience_s = deadlines.token_s
+
+    def _left(self, journey: Journey, stage_s: float) -> float:
+        """Seconds this stage may take. Raises DeadlineExceeded if the request's own time is over."""
+        left = journey.deadline - self._clock.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded(
+                f"the deadline passed after {len(journey.sent)} tokens, in state {journey.lifecycle.state}"
+            )
+        return min(stage_s, left)
+
+    def _check_patience(self, journey: Journey, error: Exception) -> None:
+        """Raise `error` once a request without a place has waited as long as a reservation may take."""
+        self._left(journey, 1.0)
+        if self._clock.monotonic() - max(journey.arrived_at, journey.last_at) > self._settings.deadlines.reserve_s:
+            raise error
+
+    async def _try_another(self, journey: Journey, refusal: AttemptRefused) -> None:
+        """A worker without room is passed over until all have been asked; then the request waits a moment."""
+        journey.refused.add(refusal.worker)
+        if refusal.reason is Refusal.TOO_LONG:
+            raise InvalidRequest(
+                f"prompt and output of {len(journey.current.tokens)} tokens do not fit a worker's KV pool; "
+                "shorten the prompt, or raise engine.kv_blocks"
+            )
+        self._metrics.add(metrics.RETRIES, failure=refusal.reason)
+        self._check_patience(journey, Overloaded(f"every worker is full ({refusal.reason}); try again after a pause"))
+        if not any(w.peer.id not in journey.refused for w in self._pools.snapshot().of(Role.VERIFY)):
+            journey.refused.clear()
+            await asyncio.sleep(REFUSED_PAUSE_S)
+
+    def _try_again(self, journey: Journey, failure: AttemptFailed) -> None:
+        """Raises Unavailable when the request has failed too often."""
+        self._left(journey, 1.0)
+        journey.failures += 1
+        journey.avoid.add(failure.worker)
+        self._metrics.add(metrics.RETRIES, failure=failure.failure)
+        log.warning("request %s, after %d tokens: %s", journey.request.id, len(journey.sent), failure)
+        if journey.failures > self._settings.router.max_retries:
+            raise Unavailable(f"{journey.failures} workers in turn failed the request; the last: {failure}")

@@ -1,0 +1,161 @@
+"""Public protobuf <-> model types, once each way, and the checks on what clients send.
+
+Every check says what was wrong, what was expected, and what to do.
+"""
+
+import math
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+
+from tidemill.core.messages import Tokens
+from tidemill.core.model import Request
+from tidemill.errors import InvalidRequest, ModelNotFound
+from tidemill.proto import inference_pb2 as pb
+from tidemill.types import FinishReason, Message, ModelCard, SamplingParams, Summary, TokenLogprobs
+
+MAX_LOGPROBS = 20
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+MAX_ID_LENGTH = 128
+CHAT_ROLES = ("system", "user", "assistant")
+
+_FINISH = {
+    FinishReason.STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
+    FinishReason.STOP_STRING: pb.FINISH_REASON_STOP_STRING,
+    FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+_OPTIONAL = (
+    "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "ignore_eos", "seed", "logprobs",
+)  # fmt: skip
+
+
+def check_model(asked: str, card: ModelCard) -> None:
+    """Raises ModelNotFound."""
+    if asked and asked != card.name:
+        raise ModelNotFound(f"model {asked!r} is not served here; {card.name!r} is")
+
+
+def sampling_from_pb(message: pb.SamplingParams, card: ModelCard) -> SamplingParams:
+    """Checked parameters with a seed. Raises InvalidRequest."""
+    given = {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}
+    sampling = SamplingParams(
+        **given,  # type: ignore[arg-type]
+        stop=tuple(message.stop),
+        stop_token_ids=tuple(message.stop_token_ids),
+    )
+    for fault in _sampling_faults(sampling, card):
+        raise InvalidRequest(fault)
+    if sampling.seed is None:
+        sampling = replace(sampling, seed=secrets.randbits(63) if sampling.temperature > 0 else 0)
+    return sampling
+
+
+def _sampling_faults(s: SamplingParams, card: ModelCard) -> Iterable[str]:
+    """What cannot be, in words."""
+    numbers = {
+        "temperature": (s.temperature, 0.0, 100.0),
+        "min_p": (s.min_p, 0.0, 1.0),
+        "presence_penalty": (s.presence_penalty, -2.0, 2.0),
+        "frequency_penalty": (s.frequency_penalty, -2.0, 2.0),
+    }
+    for name, (value, low, high) in numbers.items():
+        if not low <= value <= high:  # false for NaN too
+            yield f"{name} is {value}; expected a number from {low:g} to {high:g}"
+    if not 0.0 < s.top_p <= 1.0:
+        yield f"top_p is {s.top_p}; expected a number above 0 and up to 1"
+    if not (math.isfinite(s.repetition_penalty) and s.repetition_penalty > 0):
+        yield f"repetition_penalty is {s.repetition_penalty}; expected a number above 0 (1 changes nothing)"
+    if s.max_tokens < 1:
+        yield "max_tokens is 0; expected at least 1"
+    if s.logprobs is not None and s.logprobs > MAX_LOGPROBS:
+        yield f"logprobs is {s.logprobs}; at most {MAX_LOGPROBS} alternatives can be reported"
+    if s.seed is not None and s.seed >= 2**63:
+        yield f"seed is {s.seed}; expected one below 2**63"
+    if len(s.stop) > MAX_STOPS or any(not stop or len(stop) > MAX_STOP_LENGTH for stop in s.stop):
+        yield f"stop must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters"
+    if any(token >= card.vocab_size for token in s.stop_token_ids):
+        yield f"stop_token_ids must be below the vocabulary's size, {card.vocab_size}"
+
+
+def check_prompt(tokens: Sequence[int], card: ModelCard) -> None:
+    """Raises InvalidRequest."""
+    if not tokens:
+        raise InvalidRequest("the prompt is empty; send at least one token of text or token ids")
+    wrong = next((token for token in tokens if not 0 <= token < card.vocab_size), None)
+    if wrong is not None:
+        raise InvalidRequest(
+            f"token id {wrong} is outside the vocabulary of {card.name!r}, which has {card.vocab_size} tokens"
+        )
+    if len(tokens) >= card.context_length:
+        raise InvalidRequest(
+            f"the prompt has {len(tokens)} tokens, which leaves no room in the context of {card.context_length}; "
+            "shorten it"
+        )
+
+
+def check_id(request_id: str) -> None:
+    """Raises InvalidRequest."""
+    if len(request_id) > MAX_ID_LENGTH or not request_id.isprintable():
+        raise InvalidRequest(f"request_id must be at most {MAX_ID_LENGTH} printable characters")
+
+
+def new_request(
+    request_id: str, prompt: Sequence[int], sampling: SamplingParams, slo_class: str, classes: Iterable[str]
+) -> Request:
+    """Raises InvalidRequest for an id or a class that cannot be."""
+    check_id(request_id)
+    name = slo_class or "default"
+    if name not in classes:
+        raise InvalidRequest(f"slo_class {name!r} is not in the settings; there are {', '.join(classes)}")
+    return Request(request_id or secrets.token_hex(8), tuple(prompt), sampling, (), name)
+
+
+def messages_from_pb(messages: Iterable[pb.Message]) -> list[Message]:
+    """Raises InvalidRequest for an empty chat or an unknown role."""
+    found = [Message(each.role, each.content) for each in messages]
+    if not found:
+        raise InvalidRequest("messages is empty; send at least one message")
+    for message in found:
+        if message.role not in CHAT_ROLES:
+            raise InvalidRequest(f"message role {message.role!r} is unknown; expected one of {', '.join(CHAT_ROLES)}")
+    return found
+
+
+def logprobs_to_pb(logprobs: Iterable[TokenLogprobs]) -> list[pb.TokenLogprobs]:
+    return [
+        pb.TokenLogprobs(
+            token=each.token,
+            logprob=each.logprob,
+            top=[pb.TopLogprob(token=token, logprob=logprob) for token, logprob in each.top],
+        )
+        for each in logprobs
+    ]
+
+
+def chunk_to_pb(text: str, steps: Sequence[Tokens]) -> pb.GenerateChunk:
+    """The tokens of some steps, and the text that became certain with them."""
+    chunk = pb.GenerateChunk(text=text)
+    for step in steps:
+        chunk.tokens.extend(step.tokens)
+        if step.logprobs:
+            chunk.logprobs.extend(logprobs_to_pb(step.logprobs))
+    return chunk
+
+
+def summary_to_pb(summary: Summary) -> pb.Summary:
+    return pb.Summary(
+        request_id=summary.request_id,
+        model=summary.model,
+        finish_reason=_FINISH[summary.finish_reason],
+        prompt_tokens=summary.prompt_tokens,
+        output_tokens=summary.output_tokens,
+        seed=summary.seed,
+        timing=pb.Timing(**asdict(summary.timing)),
+        route=pb.Route(**asdict(summary.route)),
+        speculation=pb.Speculation(**asdict(summary.speculation)),
+    )
+
+
+def card_to_pb(card: ModelCard) -> pb.ModelCard:
+    return pb.ModelCard(**asdict(card))
