@@ -2,3 +2,59 @@
 
 Importing this package needs grpcio and protobuf, nothing else: no torch, no Ray.
 """
+
+from tidemill._call import Tls
+from tidemill.aio import AsyncClient
+from tidemill.client import Client
+from tidemill.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InternalError,
+    InvalidRequest,
+    MessageTooLarge,
+    ModelNotFound,
+    Overloaded,
+    TidemillError,
+    Unauthenticated,
+    Unavailable,
+)
+from tidemill.types import (
+    Chunk,
+    Completion,
+    FinishReason,
+    Message,
+    ModelCard,
+    Route,
+    SamplingParams,
+    Speculation,
+    Summary,
+    Timing,
+    TokenLogprobs,
+)
+
+__all__ = [
+    "Client",
+    "AsyncClient",
+    "Tls",
+    "SamplingParams",
+    "Message",
+    "Chunk",
+    "Completion",
+    "Summary",
+    "Timing",
+    "Route",
+    "Speculation",
+    "TokenLogprobs",
+    "FinishReason",
+    "ModelCard",
+    "TidemillError",
+    "InvalidRequest",
+    "ModelNotFound",
+    "MessageTooLarge",
+    "Unauthenticated",
+    "Overloaded",
+    "DeadlineExceeded",
+    "Cancelled",
+    "Unavailable",
+    "InternalError",
+]

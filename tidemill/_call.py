@@ -1,0 +1,181 @@
+"""What both clients share: requests out, answers in, errors mapped, pauses between retries, channel options."""
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from tidemill.errors import KIND_METADATA_KEY, InvalidRequest, MessageTooLarge, TidemillError, error_from_wire
+from tidemill.proto import inference_pb2 as pb
+from tidemill.types import (
+    Chunk,
+    Completion,
+    FinishReason,
+    Message,
+    ModelCard,
+    Route,
+    SamplingParams,
+    Speculation,
+    Summary,
+    Timing,
+    TokenLogprobs,
+)
+
+Prompt = str | Sequence[int]
+
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.05, 2.0
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
+_FINISH = {
+    pb.FINISH_REASON_STOP_TOKEN: FinishReason.STOP_TOKEN,
+    pb.FINISH_REASON_STOP_STRING: FinishReason.STOP_STRING,
+    pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """How to check the router, and how to show who we are. Paths of PEM files; none: the system's authorities."""
+
+    ca: Path | None = None
+    certificate: Path | None = None
+    key: Path | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        def read(path: Path | None) -> bytes | None:
+            return path.read_bytes() if path else None
+
+        return grpc.ssl_channel_credentials(read(self.ca), read(self.key), read(self.certificate))
+
+
+@dataclass(frozen=True, slots=True)
+class CallOptions:
+    """Where to call and how patiently."""
+
+    address: str
+    token: str | None
+    tls: Tls | None
+    timeout_s: float | None
+    retries: int
+
+    @property
+    def channel_options(self) -> list[tuple[str, Any]]:
+        return [
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ]
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self.token}"),) if self.token else ()
+
+    def pauses(self) -> Iterator[float]:
+        """Seconds before each retry: doubling, with jitter so that clients do not come back all at once."""
+        pause = FIRST_PAUSE_S
+        for _ in range(self.retries):
+            yield pause * random.uniform(0.5, 1.5)
+            pause = min(2 * pause, MAX_PAUSE_S)
+
+
+def sampling_params(params: SamplingParams | None, changes: dict[str, Any]) -> SamplingParams:
+    """`params` with keyword arguments on top. Raises InvalidRequest for a name there is not."""
+    known = {field.name: getattr(params or SamplingParams(), field.name) for field in fields(SamplingParams)}
+    unknown = sorted(changes.keys() - known.keys())
+    if unknown:
+        raise InvalidRequest(f"unknown sampling parameter {unknown[0]!r}; there are {', '.join(known)}")
+    if isinstance(changes.get("stop"), str):
+        changes = changes | {"stop": (changes["stop"],)}
+    return SamplingParams(**(known | changes))
+
+
+def _sampling_to_pb(sampling: SamplingParams) -> pb.SamplingParams:
+    values = {field.name: getattr(sampling, field.name) for field in fields(SamplingParams)}
+    try:
+        return pb.SamplingParams(**{name: value for name, value in values.items() if value is not None})
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"a sampling parameter has the wrong type or range: {error}") from error
+
+
+def generate_request(
+    prompt: Prompt, sampling: SamplingParams, model: str, request_id: str, slo_class: str
+) -> pb.GenerateRequest:
+    """Raises InvalidRequest if the prompt is neither text nor token ids."""
+    request = pb.GenerateRequest(
+        model=model, sampling=_sampling_to_pb(sampling), request_id=request_id, slo_class=slo_class
+    )
+    try:
+        if isinstance(prompt, str):
+            request.text = prompt
+        else:
+            request.tokens.ids.extend(prompt)
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"the prompt must be text, or token ids from 0 up: {error}") from error
+    return request
+
+
+def chat_request(
+    messages: Iterable[Message], sampling: SamplingParams, model: str, request_id: str, slo_class: str
+) -> pb.ChatRequest:
+    return pb.ChatRequest(
+        model=model,
+        messages=[pb.Message(role=each.role, content=each.content) for each in messages],
+        sampling=_sampling_to_pb(sampling),
+        request_id=request_id,
+        slo_class=slo_class,
+    )
+
+
+def _logprobs(messages: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:
+    return tuple(
+        TokenLogprobs(each.token, each.logprob, tuple((top.token, top.logprob) for top in each.top))
+        for each in messages
+    )
+
+
+def _all_fields(message: Any, kind: type[Any]) -> Any:
+    return kind(**{field.name: getattr(message, field.name) for field in fields(kind)})
+
+
+def summary_from_pb(message: pb.Summary) -> Summary:
+    return Summary(
+        request_id=message.request_id,
+        model=message.model,
+        finish_reason=_FINISH[message.finish_reason],
+        prompt_tokens=message.prompt_tokens,
+        output_tokens=message.output_tokens,
+        seed=message.seed,
+        timing=_all_fields(message.timing, Timing),
+        route=_all_fields(message.route, Route),
+        speculation=_all_fields(message.speculation, Speculation),
+    )
+
+
+def chunk_from_pb(message: pb.GenerateChunk) -> Chunk:
+    summary = summary_from_pb(message.summary) if message.HasField("summary") else None
+    return Chunk(message.text, tuple(message.tokens), _logprobs(message.logprobs), summary)
+
+
+def completion_from_pb(message: pb.GenerateResponse) -> Completion:
+    return Completion(
+        message.text, tuple(message.tokens), _logprobs(message.logprobs), summary_from_pb(message.summary)
+    )
+
+
+def model_card_from_pb(message: pb.ModelCard) -> ModelCard:
+    card: ModelCard = _all_fields(message, ModelCard)
+    return card
+
+
+def error_of(error: grpc.RpcError) -> TidemillError:
+    """The typed error a failed call stands for."""
+    status, details = error.code().name, error.details() or "no details"
+    metadata = dict(error.trailing_metadata() or ())
+    kind = metadata.get(KIND_METADATA_KEY)
+    if kind is None and status == "RESOURCE_EXHAUSTED" and "larger than max" in details:
+        return MessageTooLarge(f"{details}; send less, or raise router.max_message_bytes")
+    if kind is None and status == "INTERNAL" and "deserializ" in details.lower():
+        return InvalidRequest(f"the router could not read the request: {details}")
+    return error_from_wire(status, details, kind)
