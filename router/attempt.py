@@ -9,7 +9,6 @@ from tidemill.core.messages import Command, Event, Failed, Failure, Refusal, Ref
 from tidemill.core.model import Request, WorkerId, WorkerSnapshot
 from tidemill.types import FinishReason
 
-
 Kind = TypeVar("Kind", bound=Event)
 TIMEOUT = "timeout"
 

@@ -97,8 +97,6 @@ class Journey:
                 self.tpot_s,
                 now - self.arrived_at,
             ),
-            route=Route(
-                self.prefill_worker, self.verify_worker, self.draft_worker, self.split_reason, self.failures
-            ),
+            route=Route(self.prefill_worker, self.verify_worker, self.draft_worker, self.split_reason, self.failures),
             speculation=Speculation(self.verify_steps, self.drafted, self.accepted),
         )

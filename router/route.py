@@ -131,9 +131,7 @@ class Router:
         journey.lifecycle.move(RequestState.PREFILLED)
         journey.prefilled(done, self._clock.monotonic())
 
-    async def _decode(
-        self, journey: Journey, attempt: Attempt, placement: Placement
-    ) -> AsyncIterator[list[Tokens]]:
+    async def _decode(self, journey: Journey, attempt: Attempt, placement: Placement) -> AsyncIterator[list[Tokens]]:
         """The first token may take a prompt's time, those after it a step's."""
         deadlines = self._settings.deadlines
         patience_s = deadlines.transfer_s if placement.prefill else deadlines.prefill_s

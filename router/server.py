@@ -134,9 +134,7 @@ class RouterServer:
 class _Servicer(InferenceServicer):
     """Each method: check what came, serve it, answer; errors are mapped in one place."""
 
-    def __init__(
-        self, settings: Settings, model: ServedModel, router: Router, counters: Metrics, clock: Clock
-    ) -> None:
+    def __init__(self, settings: Settings, model: ServedModel, router: Router, counters: Metrics, clock: Clock) -> None:
         self._settings = settings
         self._model = model
         self._router = router
@@ -144,28 +142,28 @@ class _Servicer(InferenceServicer):
         self._clock = clock
         self._active: set[str] = set()
 
-    async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:  # noqa: N802
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
         return await self._unary(lambda: self._from_generate(request), context)
 
-    async def GenerateStream(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:  # noqa: N802
+    async def GenerateStream(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
         async for chunk in self._stream(lambda: self._from_generate(request), context):
             yield chunk
 
-    async def Chat(self, request: pb.ChatRequest, context: Any) -> pb.GenerateResponse:  # noqa: N802
+    async def Chat(self, request: pb.ChatRequest, context: Any) -> pb.GenerateResponse:
         return await self._unary(lambda: self._from_chat(request), context)
 
-    async def ChatStream(self, request: pb.ChatRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:  # noqa: N802
+    async def ChatStream(self, request: pb.ChatRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
         async for chunk in self._stream(lambda: self._from_chat(request), context):
             yield chunk
 
-    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:  # noqa: N802
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         try:
             wire.check_model(request.model, self._model.card)
         except TidemillError as error:
             await self._abort(context, error)
         return pb.TokenizeResponse(tokens=self._model.encode(request.text))
 
-    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:  # noqa: N802
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=[wire.card_to_pb(self._model.card)])
 
     def _from_generate(self, message: pb.GenerateRequest) -> Request:
@@ -268,6 +266,4 @@ class _Servicer(InferenceServicer):
             self._metrics.observe(metrics.TPOT, journey.tpot_s, slo_class=slo_class)
 
     async def _abort(self, context: Any, error: TidemillError) -> None:
-        await context.abort(
-            getattr(grpc.StatusCode, status_of(error)), str(error), ((KIND_METADATA_KEY, error.kind),)
-        )
+        await context.abort(getattr(grpc.StatusCode, status_of(error)), str(error), ((KIND_METADATA_KEY, error.kind),))

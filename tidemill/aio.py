@@ -137,14 +137,15 @@ class AsyncClient:
         return await self._with_retries(call)
 
     async def _stream(self, method: Callable[..., Any], request: Any, timeout: float | None) -> AsyncIterator[Chunk]:
-        async def begin() -> tuple[Any, Any]:
+        async def begin() -> tuple[Any, Any, Any]:
             call = method(request, timeout=self._timeout(timeout), metadata=self._options.metadata)
-            return call, await call.read()  # the call is not under way for good before its first chunk
+            messages = aiter(call)
+            return call, messages, await anext(messages)  # may be tried again until its first chunk is here
 
-        call, message = await self._with_retries(begin)
+        call, messages, message = await self._with_retries(begin)
         try:
             yield _call.chunk_from_pb(message)
-            async for message in call:
+            async for message in messages:
                 yield _call.chunk_from_pb(message)
         except grpc.RpcError as error:
             raise _call.error_of(error) from error

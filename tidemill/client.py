@@ -139,7 +139,7 @@ class Client:
     def _stream(self, method: Callable[..., Any], request: Any, timeout: float | None) -> Iterator[Chunk]:
         def begin() -> tuple[Any, Any]:
             call = method(request, timeout=self._timeout(timeout), metadata=self._options.metadata)
-            return call, next(call)  # the call is not under way for good before its first chunk
+            return call, next(call)  # may be tried again until its first chunk is here
 
         call, message = self._with_retries(begin)
         try:

@@ -1,15 +1,15 @@
 """Every error an application can meet, and the one table that maps it to and from the wire.
 
-    TidemillError
-    ├── InvalidRequest        the request can never succeed as it is
-    │   ├── ModelNotFound
-    │   └── MessageTooLarge
-    ├── Unauthenticated       missing or wrong bearer token
-    ├── Overloaded            queues are full; retry after a pause
-    ├── DeadlineExceeded      the caller's deadline, or a stage's, passed
-    ├── Cancelled             the caller went away
-    ├── Unavailable           no worker or router could serve it; retry elsewhere or later
-    └── InternalError         a defect of ours; the message says where
+TidemillError
+├── InvalidRequest        the request can never succeed as it is
+│   ├── ModelNotFound
+│   └── MessageTooLarge
+├── Unauthenticated       missing or wrong bearer token
+├── Overloaded            queues are full; retry after a pause
+├── DeadlineExceeded      the caller's deadline, or a stage's, passed
+├── Cancelled             the caller went away
+├── Unavailable           no worker or router could serve it; retry elsewhere or later
+└── InternalError         a defect of ours; the message says where
 """
 
 from dataclasses import dataclass

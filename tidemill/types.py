@@ -7,7 +7,9 @@ from enum import StrEnum
 class FinishReason(StrEnum):
     """Why a request's output ended."""
 
-    STOP_TOKEN = "stop_token"  # an end-of-text token or one of `stop_token_ids`; the token itself is the last of `tokens`
+    STOP_TOKEN = (
+        "stop_token"  # an end-of-text token or one of `stop_token_ids`; the token itself is the last of `tokens`
+    )
     STOP_STRING = "stop_string"  # a string of `stop`; the text ends before it
     LENGTH = "length"  # `max_tokens`, or the model's context is full
 

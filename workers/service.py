@@ -173,7 +173,7 @@ class _Servicer(WorkerServicer):
         self._reports = reports
         self._streams = itertools.count(1)
 
-    async def Attach(self, requests: AsyncIterator[pb.Command], context: Any) -> AsyncIterator[pb.StepReport]:  # noqa: N802
+    async def Attach(self, requests: AsyncIterator[pb.Command], context: Any) -> AsyncIterator[pb.StepReport]:
         router = next(self._streams)
         queue: asyncio.Queue[StepReport | None] = asyncio.Queue(MAX_PENDING_REPORTS)
         self._reports[router] = queue
@@ -199,7 +199,7 @@ class _Servicer(WorkerServicer):
             with contextlib.suppress(asyncio.QueueFull):
                 queue.put_nowait(None)
 
-    async def Drafts(self, requests: AsyncIterator[pb.DraftCall], context: Any) -> AsyncIterator[pb.DraftReply]:  # noqa: N802
+    async def Drafts(self, requests: AsyncIterator[pb.DraftCall], context: Any) -> AsyncIterator[pb.DraftReply]:
         stream = next(self._streams)
         loop = asyncio.get_running_loop()
         replies: asyncio.Queue[pb.DraftReply | None] = asyncio.Queue()  # at most one call awaits its reply
@@ -225,7 +225,7 @@ class _Servicer(WorkerServicer):
             reader.cancel()
             self._worker.post_draft_stream_closed(stream)
 
-    async def OpenLink(self, request: pb.OpenLinkRequest, context: Any) -> pb.OpenLinkReply:  # noqa: N802
+    async def OpenLink(self, request: pb.OpenLinkRequest, context: Any) -> pb.OpenLinkReply:
         try:
             rendezvous, group = self._worker.accept_link(
                 wire.peer_from_pb(request.sender), wire.worker_id_from_pb(request.receiver), request.kv_layout
@@ -234,10 +234,10 @@ class _Servicer(WorkerServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return pb.OpenLinkReply(rendezvous=rendezvous, group=group)
 
-    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.Description:  # noqa: N802
+    async def Describe(self, request: pb.DescribeRequest, context: Any) -> pb.Description:
         return self._describe()
 
-    async def SetRole(self, request: pb.SetRoleRequest, context: Any) -> pb.Description:  # noqa: N802
+    async def SetRole(self, request: pb.SetRoleRequest, context: Any) -> pb.Description:
         try:
             await asyncio.wrap_future(self._worker.set_role(Role(request.role), request.drain_s))
         except ValueError:

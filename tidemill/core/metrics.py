@@ -151,7 +151,11 @@ class Metrics:
     def _make(self, series: Series) -> Counter | Gauge | Histogram:
         if series.kind is Kind.HISTOGRAM:
             return Histogram(
-                series.name, series.help, series.labels, buckets=series.buckets or LATENCY_BUCKETS, registry=self.registry
+                series.name,
+                series.help,
+                series.labels,
+                buckets=series.buckets or LATENCY_BUCKETS,
+                registry=self.registry,
             )
         maker = Counter if series.kind is Kind.COUNTER else Gauge
         return maker(series.name, series.help, series.labels, registry=self.registry)

@@ -18,7 +18,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """Read `tokenizer.json` of a model folder. Raises TokenizerError."""
     path = folder / "tokenizer.json"
     if not path.is_file():
-        raise TokenizerError(f"{path}: no such file; a model folder needs config.json, *.safetensors and tokenizer.json")
+        raise TokenizerError(
+            f"{path}: no such file; a model folder needs config.json, *.safetensors and tokenizer.json"
+        )
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception

@@ -49,9 +49,7 @@ def _plain_greedy(sampling: SamplingParams) -> bool:
 
 
 def _has_penalties(sampling: SamplingParams) -> bool:
-    return (
-        sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
-    )
+    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
 
 
 def _choose_one(logits: Floats, row: SampleRow) -> int:

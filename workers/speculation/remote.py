@@ -4,7 +4,6 @@ At most one call is under way with a draft worker, so nothing queues up when it 
 answers, only ever changes when a token comes, never which: a draft that does not fit is ignored.
 """
 
-
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -30,8 +29,6 @@ class DraftStream(Protocol):
     def send(self, call: DraftCall) -> None: ...
 
     def close(self) -> None: ...
-
-
 
 
 @dataclass(slots=True)

@@ -11,9 +11,7 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "kernels"
 # No -ffast-math: it would reorder sums, and on old compilers flush denormals for the whole process.
-FLAGS = (
-    "-O3 -march=native -std=c++17 -fno-math-errno -fno-trapping-math -ffp-contract=fast -fopenmp -shared -fPIC"
-).split()
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
 COMPILERS = ("g++", "clang++")
 
 log = logging.getLogger(__name__)

@@ -63,7 +63,9 @@ class ModelConfig:
 def read_config(folder: Path) -> ModelConfig:
     """Raises ModelFolderError for a missing folder or file, bad JSON, and whatever the engine cannot run."""
     if not folder.is_dir():
-        raise ModelFolderError(f"{folder}: no such folder; expected one with config.json, *.safetensors, tokenizer.json")
+        raise ModelFolderError(
+            f"{folder}: no such folder; expected one with config.json, *.safetensors, tokenizer.json"
+        )
     config = _read_json(folder / "config.json")
     generation_path = folder / "generation_config.json"
     generation = _read_json(generation_path) if generation_path.is_file() else {}

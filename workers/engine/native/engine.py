@@ -59,9 +59,7 @@ class NativeEngine:
         self._block_size = settings.block_size
         self._kv = model.new_kv(settings.kv_blocks, settings.block_size)
         self._pool = BlockPool(settings.kv_blocks, caching=settings.prefix_cache)
-        self._scheduler = Scheduler(
-            self._pool, settings.block_size, settings.max_batch_tokens, settings.max_running
-        )
+        self._scheduler = Scheduler(self._pool, settings.block_size, settings.max_batch_tokens, settings.max_running)
         self._sequences: dict[str, Sequence] = {}
         self._steps = 0
         self._step_s = 0.0
@@ -243,9 +241,7 @@ class NativeEngine:
             self.release(sequence.request.id)
         elif sequence.quota == 0:
             self._hold(sequence)
-        return SequenceOutput(
-            sequence.request.id, tuple(tokens), tuple(logprobs), len(draft), len(tokens) - 1, finish
-        )
+        return SequenceOutput(sequence.request.id, tuple(tokens), tuple(logprobs), len(draft), len(tokens) - 1, finish)
 
     def _report_progress(self, sequence: Sequence) -> SequenceProgress:
         """A sequence with nothing left to compute is held from here on."""
@@ -316,5 +312,3 @@ def _common_prefix(left: Tokens[int], right: Tokens[int], limit: int) -> int:
         if left[index] != right[index]:
             return index
     return min(limit, len(left), len(right))
-
-

@@ -165,5 +165,3 @@ class CpuRunner:
         step.kv, step.kv_layer_stride = kv.data_ptr(), kv.stride(0)
         self._library.decoder_forward(byref(self._decoder), byref(step))
         return logits
-
-

@@ -58,10 +58,7 @@ class TorchRunner:
         for layer, pool in zip(self._weights.layers, kv, strict=True):
             q = self._project_and_keep(rms_norm(residual, layer.input_norm, eps), layer, cosines, slots, pool)
             mixed = torch.cat(
-                [
-                    self._attend(q[starts[b] : starts[b + 1]], context[b], tables[b], pool)
-                    for b in range(len(context))
-                ]
+                [self._attend(q[starts[b] : starts[b + 1]], context[b], tables[b], pool) for b in range(len(context))]
             )
             residual = residual + tiled_linear(mixed, layer.output, layer.output_bias)
             gate, up = tiled_linear(rms_norm(residual, layer.post_norm, eps), layer.gate_up).chunk(2, -1)
@@ -69,9 +66,7 @@ class TorchRunner:
         wanted = rms_norm(residual[batch.logit_rows.to(self._device)], self._weights.final_norm, eps)
         return tiled_linear(wanted, self._weights.head).float()
 
-    def _project_and_keep(
-        self, x: Tensor, layer: LayerWeights, cosines: Tensor, slots: Tensor, pool: Tensor
-    ) -> Tensor:
+    def _project_and_keep(self, x: Tensor, layer: LayerWeights, cosines: Tensor, slots: Tensor, pool: Tensor) -> Tensor:
         """Rotated queries [rows, heads, head_dim]; keys and values go to their slots of the layer's pool."""
         heads, kv_heads, size = self._config.num_heads, self._config.num_kv_heads, self._config.head_dim
         qkv = tiled_linear(x, layer.qkv, layer.qkv_bias).view(-1, heads + 2 * kv_heads, size)

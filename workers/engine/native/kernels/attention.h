@@ -2,161 +2,167 @@
 // order whether it came alone or with others, as prefill or as decode. Masked keys add exact zeros, and a tile that is
 // masked as a whole changes nothing, so rows of one block may need different numbers of tiles.
 //
-// A KV block holds, for each KV head, keys as [head_dim / PAIR][block_size][PAIR] (a vector is one channel pair of 16
-// keys: scores need neither transposition nor horizontal sums) and values as [block_size][head_dim].
+// A KV block holds, for each KV head, keys as [head_dim / PAIR][block_size][PAIR] and values as
+// [block_size / PAIR][head_dim][PAIR]: both are operands as they lie, without transposition or horizontal sums.
 #pragma once
 #include <algorithm>
 
 #include "vec.h"
 
-constexpr int TILE = 64;           // keys
-constexpr int QUERY_TILE = 16;     // query tokens worked on together
-constexpr int MAX_GROUP = 16;      // query heads per KV head
-constexpr int ROW_BLOCK = 4;       // rows that share the loads of a tile
+constexpr int TILE = 64;        // keys
+constexpr int QUERY_TILE = 16;  // query tokens worked on together
+constexpr int MAX_GROUP = 16;   // query heads per KV head
 constexpr int MAX_HEAD = 256;
 constexpr float MASKED = -1e30f;
 
 struct AttentionShape {
   int heads, kv_heads, head_dim, block_size;
   float scale;
+  int64_t row_size() const { return (int64_t)(heads + 2 * kv_heads) * head_dim; }  // of qkv
+  int64_t head_stride() const { return (int64_t)block_size * head_dim; }           // inside a block
+  int64_t values_offset() const { return kv_heads * head_stride(); }
+  int64_t block_stride() const { return 2 * values_offset(); }
 };
 
-// Rows of one KV head: queries tokens x group, in the order (token, head).
+// Rows of one KV head: tokens x group, in the order (token, head).
 template <typename T>
 struct QueryTile {
-  const T* query[QUERY_TILE * MAX_GROUP];
+  alignas(64) T query[QUERY_TILE * MAX_GROUP * MAX_HEAD];
+  alignas(64) float out[QUERY_TILE * MAX_GROUP * MAX_HEAD];
+  alignas(64) float scores[MAX_ROWS * TILE];
+  alignas(64) T weights[MAX_ROWS * TILE];
   int position[QUERY_TILE * MAX_GROUP];
   float maximum[QUERY_TILE * MAX_GROUP], total[QUERY_TILE * MAX_GROUP];
-  alignas(64) float out[QUERY_TILE * MAX_GROUP * MAX_HEAD];
-  alignas(64) float scores[ROW_BLOCK * TILE];
 };
 
-// scores[r][i] = query r . key i, for the tile's `vectors` groups of 16 keys.
+// Where a tile's keys and values lie.
+template <typename T>
+struct KeyTile {
+  int first, count;                // positions first..first + count
+  const T* keys[TILE / LANES];     // vectors of 16 keys; past the end, the first again
+  const T* values[TILE / LANES];   // likewise
+};
+
+template <typename T>
+static KeyTile<T> find_keys(const T* kv, const int32_t* blocks, int first, int end, const AttentionShape& shape) {
+  KeyTile<T> tile{first, std::min(TILE, end - first), {}, {}};
+  for (int v = 0; v < TILE / LANES; v++) {
+    const int position = v * LANES < tile.count ? first + v * LANES : first;
+    const T* block = kv + blocks[position / shape.block_size] * shape.block_stride();
+    const int offset = position % shape.block_size;
+    tile.keys[v] = block + offset * PAIR<T>;
+    tile.values[v] = block + shape.values_offset() + (int64_t)offset * shape.head_dim;
+  }
+  return tile;
+}
+
+// scores[r][i] = query r . key i
 template <typename T, int R>
-static void tile_scores(const T* const* query, const T* const* keys, int vectors, int head_dim, int block_size,
-                        float scale, float* scores) {
-  constexpr int P = PAIR<T>;
-  for (int v = 0; v < vectors; v += 2) {  // two vectors at a time: enough chains to hide the latency, few registers
-    const T* second = keys[v + 1 < vectors ? v + 1 : v];
-    v16 a[R][2] = {};
-    for (int d = 0; d < head_dim; d += P)
-      for (int r = 0; r < R; r++) {
-        a[r][0] = multiply_pair(a[r][0], query[r] + d, keys[v] + (int64_t)d * block_size);
-        a[r][1] = multiply_pair(a[r][1], query[r] + d, second + (int64_t)d * block_size);
-      }
-    for (int r = 0; r < R; r++) {
-      store(scores + r * TILE + v * LANES, a[r][0] * scale);
-      if (v + 1 < vectors) store(scores + r * TILE + (v + 1) * LANES, a[r][1] * scale);
-    }
+static void tile_scores(const T* query, const KeyTile<T>& tile, const AttentionShape& shape, float* scores) {
+  for (int v = 0; v < TILE / LANES; v += VECTORS) {
+    f32x16 acc[R][VECTORS] = {};
+    const T* columns[VECTORS];
+    for (int c = 0; c < VECTORS; c++) columns[c] = tile.keys[v + c];
+    accumulate(acc, query, shape.head_dim, columns, shape.block_size * PAIR<T>, shape.head_dim, [](int64_t) {});
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < VECTORS; c++) store(scores + r * TILE + (v + c) * LANES, acc[r][c] * shape.scale);
   }
 }
 
 // Masks, then turns scores into weights and folds the tile into the row's running maximum and total (online softmax,
 // Milakov and Gimelshein 2018). Returns the factor for what was summed before.
-static float tile_softmax(float* scores, int first_key, int keys, int position, float* maximum, float* total) {
-  const int visible = std::min(keys, position + 1 - first_key);
+template <typename T>
+static inline float tile_softmax(float* scores, T* weights, int visible, float* maximum, float* total) {
   for (int i = std::max(visible, 0); i < TILE; i++) scores[i] = MASKED;
-  v16 m = load(scores);
-  for (int i = LANES; i < TILE; i += LANES) {
-    const v16 s = load(scores + i);
-    m = s > m ? s : m;
+  f32x16 s[TILE / LANES];
+  for (int v = 0; v < TILE / LANES; v++) s[v] = load(scores + v * LANES);
+  const float before = *maximum, now = std::max(before, largest(larger(larger(s[0], s[1]), larger(s[2], s[3]))));
+  for (int v = 0; v < TILE / LANES; v++) {
+    s[v] = exp_negative(s[v] - now);
+    store(weights + v * LANES, s[v]);
   }
-  const float before = *maximum, now = std::max(before, largest(m));
-  const float keep = before == now ? 1.0f : expf(before - now);
-  v16 weight = {};
-  for (int i = 0; i < TILE; i += LANES) {
-    const v16 s = load(scores + i);
-    const v16 e = s <= MASKED ? v16{} : exp_negative(s - now);
-    store(scores + i, e);
-    weight += e;
-  }
+  const float keep = before == now ? 1.0f : exp_negative(splat(before - now))[0];
   *maximum = now;
-  *total = *total * keep + sum(weight);
+  *total = *total * keep + sum((s[0] + s[1]) + (s[2] + s[3]));
   return keep;
 }
 
-// out[r] = out[r] * keep[r] + weights[r] . values, over 16 * C channels.
+// out[r] = out[r] * keep[r] + weights[r] . values, over C vectors of channels from `channel` on.
 template <typename T, int R, int C>
-static void tile_values(const float* scores, const T* const* values, int keys, const float* keep, float* out, int64_t stride) {
-  v16 a[R][C];
+static inline void tile_values(const T* weights, const KeyTile<T>& tile, const float* keep, const AttentionShape& shape,
+                               int channel, float* out) {
+  f32x16 acc[R][C];
   for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) a[r][c] = load(out + r * stride + c * LANES) * keep[r];
-  for (int i = 0; i < keys; i++)
-    for (int c = 0; c < C; c++) {
-      const v16 v = load(values[i] + c * LANES);
-      for (int r = 0; r < R; r++) a[r][c] += v * scores[r * TILE + i];
-    }
+    for (int c = 0; c < C; c++) acc[r][c] = load(out + r * shape.head_dim + channel + c * LANES) * keep[r];
+  for (int v = 0; v * LANES < tile.count; v++) {
+    const T* columns[C];
+    for (int c = 0; c < C; c++) columns[c] = tile.values[v] + (channel + c * LANES) * PAIR<T>;
+    accumulate(acc, weights + v * LANES, TILE, columns, shape.head_dim * PAIR<T>, std::min(LANES, tile.count - v * LANES),
+               [](int64_t) {});
+  }
   for (int r = 0; r < R; r++)
-    for (int c = 0; c < C; c++) store(out + r * stride + c * LANES, a[r][c]);
+    for (int c = 0; c < C; c++) store(out + r * shape.head_dim + channel + c * LANES, acc[r][c]);
 }
 
 template <typename T, int R>
-static void tile_rows(QueryTile<T>& q, int row, const T* const* keys, const T* const* values, int first_key, int count,
-                      const AttentionShape& shape) {
+static void tile_rows(QueryTile<T>& q, int row, const KeyTile<T>& tile, const AttentionShape& shape) {
   float keep[R];
-  tile_scores<T, R>(q.query + row, keys, (count + LANES - 1) / LANES, shape.head_dim, shape.block_size, shape.scale, q.scores);
+  tile_scores<T, R>(q.query + (int64_t)row * shape.head_dim, tile, shape, q.scores);
   for (int r = 0; r < R; r++)
-    keep[r] = tile_softmax(q.scores + r * TILE, first_key, count, q.position[row + r], q.maximum + row + r, q.total + row + r);
-  const T* column[TILE];
+    keep[r] = tile_softmax(q.scores + r * TILE, q.weights + r * TILE,
+                           std::min(tile.count, q.position[row + r] + 1 - tile.first), q.maximum + row + r, q.total + row + r);
+  float* out = q.out + (int64_t)row * shape.head_dim;
   int d = 0;
-  for (; d + 64 <= shape.head_dim; d += 64) {
-    for (int i = 0; i < count; i++) column[i] = values[i] + d;
-    tile_values<T, R, 4>(q.scores, column, count, keep, q.out + (int64_t)row * shape.head_dim + d, shape.head_dim);
-  }
-  for (; d < shape.head_dim; d += LANES) {
-    for (int i = 0; i < count; i++) column[i] = values[i] + d;
-    tile_values<T, R, 1>(q.scores, column, count, keep, q.out + (int64_t)row * shape.head_dim + d, shape.head_dim);
-  }
+  for (; d + VECTORS * LANES <= shape.head_dim; d += VECTORS * LANES)
+    tile_values<T, R, VECTORS>(q.weights, tile, keep, shape, d, out);
+  for (; d < shape.head_dim; d += LANES) tile_values<T, R, 1>(q.weights, tile, keep, shape, d, out);
 }
 
-// One KV head of up to QUERY_TILE tokens of one sequence. `q`, `out`: [tokens, heads, head_dim] of this tile's first token.
+// One KV head of up to QUERY_TILE tokens of one sequence. `qkv` and `out` are rows of the tile's first token.
 template <typename T>
-static void attention_tile(const T* q, T* out, const T* kv, const int32_t* blocks, int first_position, int tokens,
+static void attention_tile(const T* qkv, T* out, const T* kv, const int32_t* blocks, int first_position, int tokens,
                            int kv_head, const AttentionShape& shape) {
-  static thread_local QueryTile<T> tile;
-  const int group = shape.heads / shape.kv_heads, rows = tokens * group, D = shape.head_dim, bs = shape.block_size;
-  const int64_t block_stride = 2ll * shape.kv_heads * bs * D, values_offset = (int64_t)shape.kv_heads * bs * D;
-  kv += (int64_t)kv_head * bs * D;
+  static thread_local QueryTile<T> q;
+  const int group = shape.heads / shape.kv_heads, rows = tokens * group, D = shape.head_dim;
+  const int64_t head = (int64_t)kv_head * group * D;
+  for (int t = 0; t < tokens; t++)
+    memcpy((void*)(q.query + t * group * D), qkv + t * shape.row_size() + head, sizeof(T) * group * D);
   for (int r = 0; r < rows; r++) {
-    tile.query[r] = q + ((int64_t)(r / group) * shape.heads + kv_head * group + r % group) * D;
-    tile.position[r] = first_position + r / group;
-    tile.maximum[r] = MASKED;
-    tile.total[r] = 0;
+    q.position[r] = first_position + r / group;
+    q.maximum[r] = MASKED;
+    q.total[r] = 0;
   }
-  memset(tile.out, 0, sizeof(float) * rows * D);
-  const int end = first_position + tokens;
+  memset(q.out, 0, sizeof(float) * rows * D);
+  const int end = first_position + tokens, row_blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
   for (int first = 0; first < end; first += TILE) {
-    const int count = std::min(TILE, end - first);
-    const T *keys[TILE / LANES], *values[TILE];
-    for (int i = 0; i < count; i++) {
-      const T* block = kv + blocks[(first + i) / bs] * block_stride;
-      if (i % LANES == 0) keys[i / LANES] = block + (first + i) % bs * PAIR<T>;
-      values[i] = block + values_offset + (int64_t)((first + i) % bs) * D;
+    const KeyTile<T> tile = find_keys(kv + kv_head * shape.head_stride(), blocks, first, end, shape);
+    for (int b = 0; b < row_blocks; b++) {
+      const int row = b * rows / row_blocks, last = (b + 1) * rows / row_blocks;
+      with_rows(last - row, [&](auto count) { tile_rows<T, decltype(count)::value>(q, row, tile, shape); });
     }
-    int row = 0;
-    for (; row + ROW_BLOCK <= rows; row += ROW_BLOCK) tile_rows<T, ROW_BLOCK>(tile, row, keys, values, first, count, shape);
-    for (; row < rows; row++) tile_rows<T, 1>(tile, row, keys, values, first, count, shape);
   }
   for (int r = 0; r < rows; r++) {
-    T* to = out + (tile.query[r] - q);
-    for (int d = 0; d < D; d += LANES) store(to + d, load(tile.out + r * D + d) * (1.0f / tile.total[r]));
+    T* to = out + (int64_t)(r / group) * shape.heads * D + head + r % group * D;
+    for (int d = 0; d < D; d += LANES) store(to + d, load(q.out + r * D + d) * (1.0f / q.total[r]));
   }
 }
 
-// All sequences of a step. Rows of sequence b are starts[b]..starts[b+1], at positions context[b]...
+// All sequences of a step. Rows of sequence b are starts[b]..starts[b + 1], at positions context[b]...; out [rows, heads,
+// head_dim].
 template <typename T>
-static void attention(const T* q, T* out, const T* kv, int sequences, const int32_t* starts, const int32_t* context,
+static void attention(const T* qkv, T* out, const T* kv, int sequences, const int32_t* starts, const int32_t* context,
                       const int32_t* tables, int table_width, const AttentionShape& shape) {
+  const auto tiles_of = [&](int b) { return (starts[b + 1] - starts[b] + QUERY_TILE - 1) / QUERY_TILE; };
   int64_t tiles = 0;
-  for (int b = 0; b < sequences; b++) tiles += (starts[b + 1] - starts[b] + QUERY_TILE - 1) / QUERY_TILE;
+  for (int b = 0; b < sequences; b++) tiles += tiles_of(b);
 #pragma omp parallel for schedule(dynamic, 1)
   for (int64_t work = 0; work < tiles * shape.kv_heads; work++) {
     int64_t tile = work / shape.kv_heads;
     int b = 0;
-    for (int64_t here; tile >= (here = (starts[b + 1] - starts[b] + QUERY_TILE - 1) / QUERY_TILE); b++) tile -= here;
-    const int skipped = (int)tile * QUERY_TILE, tokens = std::min(QUERY_TILE, starts[b + 1] - starts[b] - skipped);
-    const int64_t offset = (int64_t)(starts[b] + skipped) * shape.heads * shape.head_dim;
-    attention_tile<T>(q + offset, out + offset, kv, tables + (int64_t)b * table_width, context[b] + skipped, tokens,
+    for (; tile >= tiles_of(b); b++) tile -= tiles_of(b);
+    const int skipped = (int)tile * QUERY_TILE, row = starts[b] + skipped;
+    attention_tile<T>(qkv + row * shape.row_size(), out + (int64_t)row * shape.heads * shape.head_dim, kv,
+                      tables + (int64_t)b * table_width, context[b] + skipped, std::min(QUERY_TILE, starts[b + 1] - row),
                       (int)(work % shape.kv_heads), shape);
   }
 }

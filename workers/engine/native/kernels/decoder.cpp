@@ -24,41 +24,36 @@ struct Step {
   int32_t sequences, table_width, block_size;
   const int64_t *positions, *slots, *logit_row;
   const int32_t *starts, *context, *tables;
-  void *residual;  // [rows, hidden]: the embedded tokens on entry
-  void *normed, *qkv, *query, *mixed, *update, *gate_up, *gated;  // scratch for every row
-  void* kv;        // [layers, blocks, 2, kv_heads, block_size, head_dim]
-  int64_t kv_layer_stride;  // elements
-  float* logits;   // [logit_rows, vocabulary]
+  void* residual;                       // [rows, hidden]: the embedded tokens on entry
+  void *normed, *qkv, *mixed, *gated;   // scratch for every row
+  void* kv;                             // [layers, blocks, 2, kv_heads, block_size, head_dim]
+  int64_t kv_layer_stride;              // elements
+  float* logits;                        // [logit_rows, vocabulary]
 };
 }
 
 template <typename T>
 static void forward(const Decoder& m, const Step& s) {
   const AttentionShape shape{m.heads, m.kv_heads, m.head_dim, s.block_size, m.scale};
-  const int64_t n = s.rows, width = (int64_t)(m.heads + 2 * m.kv_heads) * m.head_dim, query = (int64_t)m.heads * m.head_dim;
-  T *residual = (T*)s.residual, *normed = (T*)s.normed, *qkv = (T*)s.qkv, *q = (T*)s.query, *mixed = (T*)s.mixed;
-  T *update = (T*)s.update, *gate_up = (T*)s.gate_up, *gated = (T*)s.gated;
-  const T* pending = nullptr;  // what the layer before adds to the residual stream
+  const int64_t rows = s.rows, hidden = m.hidden, inner = m.intermediate, queries = (int64_t)m.heads * m.head_dim;
+  T *residual = (T*)s.residual, *normed = (T*)s.normed, *qkv = (T*)s.qkv, *mixed = (T*)s.mixed, *gated = (T*)s.gated;
   for (int i = 0; i < m.layers; i++) {
     const Layer& w = m.layer[i];
     T* kv = (T*)s.kv + i * s.kv_layer_stride;
-    add_rms_norm<T>(pending, residual, (const T*)w.input_norm, normed, n, m.hidden, m.eps);
-    linear<T, T>(normed, (const T*)w.qkv, w.qkv_bias, qkv, n, m.hidden, width);
-    rotate_and_keep<T>(qkv, q, kv, s.positions, s.slots, m.cosines, (const T*)w.q_norm, (const T*)w.k_norm, n, m.eps, shape);
-    attention<T>(q, mixed, kv, s.sequences, s.starts, s.context, s.tables, s.table_width, shape);
-    linear<T, T>(mixed, (const T*)w.output, w.output_bias, update, n, query, m.hidden);
-    add_rms_norm<T>(update, residual, (const T*)w.post_norm, normed, n, m.hidden, m.eps);
-    linear<T, T>(normed, (const T*)w.gate_up, nullptr, gate_up, n, m.hidden, 2 * m.intermediate);
-    silu_multiply<T>(gate_up, gated, n, m.intermediate);
-    linear<T, T>(gated, (const T*)w.down, nullptr, update, n, m.intermediate, m.hidden);
-    pending = update;
+    rms_norm<T>(residual, (const T*)w.input_norm, normed, rows, hidden, m.eps);
+    linear<T>(normed, (const T*)w.qkv, rows, hidden, panels_of(shape.row_size(), 1),
+              Store<T>{qkv, shape.row_size(), w.qkv_bias});
+    rotate_and_keep<T>(qkv, kv, s.positions, s.slots, m.cosines, (const T*)w.q_norm, (const T*)w.k_norm, rows, m.eps, shape);
+    attention<T>(qkv, mixed, kv, s.sequences, s.starts, s.context, s.tables, s.table_width, shape);
+    linear<T>(mixed, (const T*)w.output, rows, queries, panels_of(hidden, 1), AddTo<T>{residual, hidden, w.output_bias});
+    rms_norm<T>(residual, (const T*)w.post_norm, normed, rows, hidden, m.eps);
+    linear<T>(normed, (const T*)w.gate_up, rows, hidden, panels_of(2 * inner, 2), Gate<T>{gated, inner});
+    linear<T>(gated, (const T*)w.down, rows, inner, panels_of(hidden, 1), AddTo<T>{residual, hidden, nullptr});
   }
-  for (int64_t r = 0; r < s.logit_rows; r++) {  // only rows whose logits are wanted; normed is free by now
-    const int64_t row = s.logit_row[r];
-    add_rms_norm<T>(pending + row * m.hidden, residual + row * m.hidden, (const T*)m.final_norm, normed + r * m.hidden, 1,
-                    m.hidden, m.eps);
-  }
-  linear<T, float>(normed, (const T*)m.head, nullptr, s.logits, s.logit_rows, m.hidden, m.vocabulary);
+  for (int64_t r = 0; r < s.logit_rows; r++)  // only rows whose logits are wanted; normed is free by now
+    rms_norm_row<T>(residual + s.logit_row[r] * hidden, (const T*)m.final_norm, normed + r * hidden, hidden, m.eps);
+  linear<T>(normed, (const T*)m.head, s.logit_rows, hidden, panels_of(m.vocabulary, 1),
+            Store<float>{s.logits, m.vocabulary, nullptr});
 }
 
 extern "C" {
@@ -68,11 +63,12 @@ void decoder_forward(const Decoder* decoder, const Step* step) {
   else forward<float>(*decoder, *step);
 }
 
-int64_t packed_size(int64_t out, int64_t in) { return (out + PANEL - 1) / PANEL * PANEL * in; }
+// Elements of a packed matrix [out, in]. parts = 2 for gates stacked on values, which share panels.
+int64_t packed_size(int64_t out, int64_t in, int parts) { return panels_of(out, parts) * PANEL * in; }
 
-void pack(int is_bf16, const void* weight, void* packed, int64_t out, int64_t in) {
-  if (is_bf16) pack_linear((const bf16*)weight, (bf16*)packed, out, in);
-  else pack_linear((const float*)weight, (float*)packed, out, in);
+void pack(int is_bf16, const void* weight, void* packed, int64_t out, int64_t in, int parts) {
+  if (is_bf16) pack_linear((const bf16*)weight, (bf16*)packed, out, in, parts);
+  else pack_linear((const float*)weight, (float*)packed, out, in, parts);
 }
 
 int64_t panel_columns() { return PANEL; }

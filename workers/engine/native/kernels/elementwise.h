@@ -1,91 +1,73 @@
-// Normalisation, rotary positions and the gate: one pass over each row, rounding to the model's type where Hugging Face's
+// Normalisation and rotary positions: one pass over each row, rounding to the model's type where Hugging Face's
 // implementation rounds.
 #pragma once
 #include "attention.h"
 #include "vec.h"
 
-// x / rms(x) * weight over `size` channels (a multiple of 16).
+// x / rms(x) * weight over `size` channels (a multiple of 16). `out` may be `x`.
 template <typename T>
-static void rms_norm_row(const T* x, const T* weight, T* out, int size, float eps) {
-  v16 squares = {};
-  for (int i = 0; i < size; i += LANES) {
-    const v16 v = load(x + i);
-    squares += v * v;
+static inline void rms_norm_row(const T* x, const T* weight, T* out, int64_t size, float eps) {
+  f32x16 squares = {};
+  for (int64_t i = 0; i < size; i += LANES) {
+    const f32x16 v = load(x + i);
+    squares = fma(v, v, squares);
   }
   const float scale = 1.0f / sqrtf(sum(squares) / (float)size + eps);
-  for (int i = 0; i < size; i += LANES) {
-    T rounded[LANES];
-    store(rounded, load(x + i) * scale);
-    store(out + i, load(rounded) * load(weight + i));
-  }
+  for (int64_t i = 0; i < size; i += LANES) store(out + i, rounded<T>(load(x + i) * scale) * load(weight + i));
 }
 
-// residual += x where x is given; out = rms_norm(residual).
 template <typename T>
-static void add_rms_norm(const T* x, T* residual, const T* weight, T* out, int64_t rows, int size, float eps) {
+static void rms_norm(const T* x, const T* weight, T* out, int64_t rows, int64_t size, float eps) {
 #pragma omp parallel for schedule(static) if (rows > 16)
-  for (int64_t r = 0; r < rows; r++) {
-    T* row = residual + r * size;
-    if (x)
-      for (int i = 0; i < size; i += LANES) store(row + i, load(row + i) + load(x + r * size + i));
-    rms_norm_row<T>(row, weight, out + r * size, size, eps);
-  }
+  for (int64_t r = 0; r < rows; r++) rms_norm_row<T>(x + r * size, weight, out + r * size, size, eps);
 }
 
 // Rotates a head in place; `cosines`: head_dim / 2 cosines, then as many sines, of the row's position.
 template <typename T>
-static void rotate_head(T* head, const float* cosines, int head_dim) {
+static inline void rotate_head(T* head, const float* cosines, int head_dim) {
   const int half = head_dim / 2;
-  for (int i = 0; i < half; i++) {
-    const float x = to_float(head[i]), y = to_float(head[i + half]), c = cosines[i], s = cosines[i + half];
-    put(head + i, x * c - y * s);
-    put(head + i + half, y * c + x * s);
+  for (int i = 0; i < half; i += LANES) {
+    const int count = std::min(LANES, half - i);
+    const f32x16 x = load_some(head + i, count), y = load_some(head + half + i, count);
+    const f32x16 c = load_some(cosines + i, count), s = load_some(cosines + half + i, count);
+    store_some(head + i, fma(x, c, -(y * s)), count);
+    store_some(head + half + i, fma(y, c, x * s), count);
   }
 }
 
-// qkv [rows, (heads + 2 kv_heads) head_dim]: queries go rotated to q [rows, heads, head_dim], keys (rotated) and values to
-// their slots of the KV pool. `q_norm`, `k_norm`: per-head norms of Qwen3, or null.
+// Writes a row's key and value for one KV head to their places in its block: see attention.h for the layout. A value that
+// opens a pair clears the other half unless `paired`, so that nothing stale is ever multiplied, even by zero.
 template <typename T>
-static void rotate_and_keep(const T* qkv, T* q, T* kv, const int64_t* positions, const int64_t* slots,
-                            const float* cosines, const T* q_norm, const T* k_norm, int64_t rows, float eps,
-                            const AttentionShape& shape) {
+static inline void keep(const T* key, const T* value, T* keys, T* values, int offset, bool paired, const AttentionShape& shape) {
   constexpr int P = PAIR<T>;
-  const int D = shape.head_dim, bs = shape.block_size, H = shape.heads, K = shape.kv_heads;
+  for (int d = 0; d < shape.head_dim; d += P)
+    memcpy((void*)(keys + (int64_t)d * shape.block_size + offset * P), key + d, sizeof(T) * P);
+  values += (int64_t)(offset / P) * shape.head_dim * P + offset % P;
+  for (int d = 0; d < shape.head_dim; d++) values[d * P] = value[d];
+  if (offset % P == 0 && !paired)
+    for (int d = 0; d < shape.head_dim; d++)
+      for (int p = 1; p < P; p++) values[d * P + p] = T{};
+}
+
+// qkv [rows, (heads + 2 kv_heads) head_dim]: queries are rotated in place; keys, rotated, and values go to their slots of
+// the KV pool. `q_norm`, `k_norm`: per-head norms of Qwen3, or null.
+template <typename T>
+static void rotate_and_keep(T* qkv, T* kv, const int64_t* positions, const int64_t* slots, const float* cosines,
+                            const T* q_norm, const T* k_norm, int64_t rows, float eps, const AttentionShape& shape) {
+  const int D = shape.head_dim, H = shape.heads, K = shape.kv_heads;
 #pragma omp parallel for schedule(static) if (rows > 16)
   for (int64_t r = 0; r < rows; r++) {
-    const T* row = qkv + r * (H + 2 * K) * D;
-    const float* angle = cosines + positions[r] * D;
-    const int offset = (int)(slots[r] % bs);
-    T* block = kv + slots[r] / bs * 2 * K * bs * D;
-    T head[MAX_HEAD];
+    T* row = qkv + r * shape.row_size();
     for (int h = 0; h < H + K; h++) {
       const T* norm = h < H ? q_norm : k_norm;
-      if (norm) rms_norm_row<T>(row + h * D, norm, head, D, eps);
-      else memcpy((void*)head, row + h * D, sizeof(T) * D);
-      rotate_head<T>(head, angle, D);
-      if (h < H) {
-        memcpy((void*)(q + (r * H + h) * D), head, sizeof(T) * D);
-      } else {
-        T* keys = block + (int64_t)(h - H) * bs * D;
-        for (int d = 0; d < D; d += P)
-          for (int p = 0; p < P; p++) keys[d * bs + offset * P + p] = head[d + p];
-      }
+      if (norm) rms_norm_row<T>(row + h * D, norm, row + h * D, D, eps);
+      rotate_head<T>(row + h * D, cosines + positions[r] * D, D);
     }
+    T* block = kv + slots[r] / shape.block_size * shape.block_stride();
+    const int offset = (int)(slots[r] % shape.block_size);
+    const bool paired = r + 1 < rows && slots[r + 1] == slots[r] + 1;
     for (int h = 0; h < K; h++)
-      memcpy((void*)(block + (int64_t)(K + h) * bs * D + offset * D), row + (H + K + h) * D, sizeof(T) * D);
+      keep<T>(row + (H + h) * D, row + (H + K + h) * D, block + h * shape.head_stride(),
+              block + shape.values_offset() + h * shape.head_stride(), offset, paired, shape);
   }
-}
-
-// out = silu(gate) * up, from rows of [gate, up].
-template <typename T>
-static void silu_multiply(const T* gate_up, T* out, int64_t rows, int size) {
-#pragma omp parallel for schedule(static) if (rows > 16)
-  for (int64_t r = 0; r < rows; r++)
-    for (int i = 0; i < size; i += LANES) {
-      const v16 gate = load(gate_up + r * 2 * size + i), up = load(gate_up + (r * 2 + 1) * size + i);
-      const v16 e = exp_negative(gate < 0.0f ? gate : -gate);
-      T rounded[LANES];
-      store(rounded, gate * (gate < 0.0f ? e : splat(1.0f)) / (1.0f + e));
-      store(out + r * size + i, load(rounded) * up);
-    }
 }

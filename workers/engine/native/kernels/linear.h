@@ -1,72 +1,106 @@
-// y = x W^T + b with packed weights. A row's result does not depend on how many rows there are: every element of y is
-// summed over the channels in ascending order by one accumulator, whatever the blocking of rows.
+// y = x W^T with packed weights, and what is done with y while it is still in registers.
 #pragma once
 #include <algorithm>
 
 #include "vec.h"
 
-constexpr int PANEL = 64;     // output columns of a panel: four vectors
-constexpr int MAX_ROWS = 6;   // rows computed together: 6 x 4 accumulators fit the register file
-constexpr int VECTORS = PANEL / LANES;
+constexpr int PANEL = VECTORS * LANES;  // output columns of a panel
+constexpr int64_t CHUNK = 192;          // rows that pass all panels before the next rows do: their x stays in the cache
 
-// Packed: [panels][in / PAIR][PANEL][PAIR], output columns padded to whole panels with zeros.
+// Panels of a matrix with `out` rows; with parts = 2 each half of a panel comes from one half of the matrix.
+static inline int64_t panels_of(int64_t out, int parts) { return (out / parts + PANEL / parts - 1) / (PANEL / parts); }
+
+// Packed: [panels][in / PAIR][PANEL][PAIR]; columns past the end are zeros. `in` is a multiple of PAIR.
 template <typename T>
-static void pack_linear(const T* w, T* packed, int64_t out, int64_t in) {
+static void pack_linear(const T* w, T* packed, int64_t out, int64_t in, int parts) {
   constexpr int P = PAIR<T>;
-  const int64_t panels = (out + PANEL - 1) / PANEL;
-  memset((void*)packed, 0, sizeof(T) * panels * PANEL * in);
-  for (int64_t column = 0; column < out; column++) {
-    T* panel = packed + column / PANEL * PANEL * in;
-    for (int64_t k = 0; k < in; k++) panel[(k / P * PANEL + column % PANEL) * P + k % P] = w[column * in + k];
-  }
-}
-
-template <typename T, typename Out, int R>
-static void linear_block(const T* x, const T* panel, const float* bias, Out* y, int64_t in, int64_t stride, int columns) {
-  constexpr int P = PAIR<T>;
-  v16 acc[R][VECTORS] = {};
-  for (int64_t k = 0; k < in; k += P) {
-    const T* w = panel + k * PANEL;
-    for (int r = 0; r < R; r++)
-      for (int c = 0; c < VECTORS; c++) acc[r][c] = multiply_pair(acc[r][c], x + r * in + k, w + c * LANES * P);
-  }
-  for (int r = 0; r < R; r++) {
-    if (bias)
-      for (int c = 0; c < VECTORS; c++) acc[r][c] += load(bias + c * LANES);
-    if (columns == PANEL) {
-      for (int c = 0; c < VECTORS; c++) store(y + r * stride + c * LANES, acc[r][c]);
-    } else {
-      Out edge[PANEL];
-      for (int c = 0; c < VECTORS; c++) store(edge + c * LANES, acc[r][c]);
-      memcpy((void*)(y + r * stride), edge, sizeof(Out) * columns);
-    }
-  }
-}
-
-template <typename T, typename Out>
-static void linear_rows(int rows, const T* x, const T* panel, const float* bias, Out* y, int64_t in, int64_t stride,
-                        int columns) {
-  switch (rows) {
-    case 1: return linear_block<T, Out, 1>(x, panel, bias, y, in, stride, columns);
-    case 2: return linear_block<T, Out, 2>(x, panel, bias, y, in, stride, columns);
-    case 3: return linear_block<T, Out, 3>(x, panel, bias, y, in, stride, columns);
-    case 4: return linear_block<T, Out, 4>(x, panel, bias, y, in, stride, columns);
-    case 5: return linear_block<T, Out, 5>(x, panel, bias, y, in, stride, columns);
-    default: return linear_block<T, Out, 6>(x, panel, bias, y, in, stride, columns);
-  }
-}
-
-// x [rows, in], y [rows, out]; `bias` is padded to whole panels or null.
-template <typename T, typename Out>
-static void linear(const T* x, const T* packed, const float* bias, Out* y, int64_t rows, int64_t in, int64_t out) {
-  const int64_t panels = (out + PANEL - 1) / PANEL, blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+  const int64_t part_size = out / parts, width = PANEL / parts;
 #pragma omp parallel for schedule(static)
-  for (int64_t p = 0; p < panels; p++) {
-    const int columns = (int)std::min<int64_t>(PANEL, out - p * PANEL);
-    for (int64_t b = 0; b < blocks; b++) {  // rows are spread evenly over the blocks
-      const int64_t first = b * rows / blocks, last = (b + 1) * rows / blocks;
-      linear_rows<T, Out>((int)(last - first), x + first * in, packed + p * PANEL * in, bias ? bias + p * PANEL : nullptr,
-                          y + first * out + p * PANEL, in, out, columns);
+  for (int64_t p = 0; p < panels_of(out, parts); p++) {
+    const T* source[PANEL];  // the row that each column comes from, or null
+    for (int64_t j = 0; j < PANEL; j++) {
+      const int64_t within = p * width + j % width;
+      source[j] = within < part_size ? w + (j / width * part_size + within) * in : nullptr;
     }
+    T* to = packed + p * PANEL * in;
+    for (int64_t k = 0; k < in; k += P)
+      for (int64_t j = 0; j < PANEL; j++, to += P) {
+        if (source[j]) memcpy((void*)to, source[j] + k, sizeof(T) * P);
+        else memset((void*)to, 0, sizeof(T) * P);
+      }
+  }
+}
+
+// What becomes of the sums of a row and a panel: Store writes them, AddTo adds them to what is there, Gate takes a panel
+// of gates and a panel of values. `bias` is padded to whole panels, or null.
+template <typename Out>
+struct Store {
+  Out* y;
+  int64_t columns;
+  const float* bias;
+  void operator()(int64_t row, int64_t panel, const f32x16 (&acc)[VECTORS]) const {
+    for (int64_t c = 0, column = panel * PANEL; c < VECTORS; c++, column += LANES)
+      store_some(y + row * columns + column, bias ? acc[c] + load(bias + column) : acc[c], columns - column);
+  }
+};
+
+template <typename T>
+struct AddTo {
+  T* y;
+  int64_t columns;
+  const float* bias;
+  void operator()(int64_t row, int64_t panel, const f32x16 (&acc)[VECTORS]) const {
+    for (int64_t c = 0, column = panel * PANEL; c < VECTORS; c++, column += LANES) {
+      T* at = y + row * columns + column;
+      const f32x16 update = rounded<T>(bias ? acc[c] + load(bias + column) : acc[c]);
+      store_some(at, load_some(at, columns - column) + update, columns - column);
+    }
+  }
+};
+
+template <typename T>
+struct Gate {
+  T* y;
+  int64_t columns;
+  void operator()(int64_t row, int64_t panel, const f32x16 (&acc)[VECTORS]) const {
+    for (int64_t c = 0, column = panel * (PANEL / 2); c < VECTORS / 2; c++, column += LANES) {
+      const f32x16 gate = rounded<T>(silu(rounded<T>(acc[c]))), value = rounded<T>(acc[c + VECTORS / 2]);
+      store_some(y + row * columns + column, gate * value, columns - column);
+    }
+  }
+};
+
+// `ahead`: what the next call will read, or null.
+template <typename T, int R, typename Finish>
+static void linear_block(const T* x, int64_t in, const T* panel, const T* ahead, int64_t first_row, int64_t panel_index,
+                         const Finish& finish) {
+  f32x16 acc[R][VECTORS] = {};
+  const T* columns[VECTORS];
+  for (int c = 0; c < VECTORS; c++) columns[c] = panel + c * LANES * PAIR<T>;
+  if (ahead)
+    accumulate(acc, x, in, columns, PANEL * PAIR<T>, in, [=](int64_t k) {
+      for (int c = 0; c < VECTORS; c++) __builtin_prefetch(ahead + k * PANEL + c * LANES * PAIR<T>, 0, 2);
+    });
+  else
+    accumulate(acc, x, in, columns, PANEL * PAIR<T>, in, [](int64_t) {});
+  for (int r = 0; r < R; r++) finish(first_row + r, panel_index, acc[r]);
+}
+
+// x [rows, in] against `panels` packed panels.
+template <typename T, typename Finish>
+static void linear(const T* x, const T* packed, int64_t rows, int64_t in, int64_t panels, const Finish& finish) {
+  for (int64_t chunk = 0; chunk < rows; chunk += CHUNK) {
+    const int64_t size = std::min(CHUNK, rows - chunk), blocks = (size + MAX_ROWS - 1) / MAX_ROWS;
+#pragma omp parallel for schedule(static)
+    for (int64_t p = 0; p < panels; p++)
+      for (int64_t b = 0; b < blocks; b++) {  // rows are spread evenly over the blocks
+        const int64_t first = chunk + b * size / blocks, last = chunk + (b + 1) * size / blocks;
+        const T* panel = packed + p * PANEL * in;
+        // A lone block waits for memory and leaves the order of reads to the processor; several compute meanwhile.
+        const T* ahead = blocks > 1 ? panel + PANEL * in : nullptr;
+        with_rows(last - first, [&](auto count) {
+          linear_block<T, decltype(count)::value>(x + first * in, in, panel, ahead, first, p, finish);
+        });
+      }
   }
 }

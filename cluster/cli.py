@@ -1,0 +1,197 @@
+"""The `tidemill` command."""
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tidemill import Client, Message, TidemillError
+from tidemill.core.model import Role
+from tidemill.core.settings import SettingsError, load_settings
+
+app = typer.Typer(
+    help="Serve large language models from pools of prefill, draft and verify workers on a Ray cluster.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Settings file (YAML).")]
+NameOption = Annotated[str, typer.Option("--name", help="Cluster, as named in its settings.")]
+AddressOption = Annotated[str, typer.Option(help="Router, host:port.")]
+DEFAULT_NAME, DEFAULT_ADDRESS = "local", "127.0.0.1:7071"
+
+
+@contextlib.contextmanager
+def _told_plainly() -> Iterator[None]:
+    """Errors users can mend leave as one sentence and exit code 1; anything else is a defect and shows its trace."""
+    from cluster.head import HeadError  # noqa: PLC0415 - Ray takes a second to import, and `generate` needs none
+    from cluster.launch import LaunchError  # noqa: PLC0415
+
+    try:
+        yield
+    except (SettingsError, LaunchError, HeadError) as error:
+        err.print(f"[red]error:[/] {error}", highlight=False)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        raise typer.Exit(130) from None
+
+
+def _say(line: str) -> None:
+    err.print(f"[dim]· {line}[/]", highlight=False)
+
+
+@app.command()
+def up(config: ConfigOption = Path("deploy/local.yaml")) -> None:
+    """Bring a cluster up and leave it running."""
+    with _told_plainly():
+        from cluster import launch  # noqa: PLC0415
+
+        state = launch.up(load_settings(config), _say)
+    out.print(f"[green]up[/]: the router listens at [bold]{state.router_address}[/]")
+    out.print('try: tidemill generate "def fib(n):" --max-tokens 64', highlight=False)
+
+
+def _state(name: str) -> Any:
+    from cluster import launch  # noqa: PLC0415
+
+    state = launch.read_state(name)
+    if state is None:
+        raise launch.LaunchError(f"no cluster {name!r} is up; start one with `tidemill up -c deploy/local.yaml`")
+    return state
+
+
+@app.command()
+def down(name: NameOption = DEFAULT_NAME) -> None:
+    """End a cluster and everything it started."""
+    with _told_plainly():
+        from cluster import launch  # noqa: PLC0415
+
+        launch.down(_state(name), _say)
+
+
+@app.command()
+def status(
+    name: NameOption = DEFAULT_NAME,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Show the router and the workers."""
+    with _told_plainly():
+        from cluster import launch  # noqa: PLC0415
+
+        described = launch.status(_state(name))
+    if as_json:
+        out.print_json(json.dumps(described))
+        return
+    table = Table("worker", "role", "state", "running", "queued", "KV blocks", "leased", "steps", "metrics", "pid")
+    for each in described["workers"]:
+        blocks = f"{each['kv_blocks_used']}/{each['kv_blocks_total']}"
+        cells = [each["worker"], each["role"], each["state"], each["running"], each["queued"], blocks]
+        cells += [each["kv_blocks_leased"], each["steps"], each["metrics_address"], each["pid"]]
+        table.add_row(*(str(cell) for cell in cells))
+    out.print(
+        f"router {described['address']}  model {described['model']}  active {described['active']}  "
+        f"queued {described['queued']}  metrics {described['metrics_address']}",
+        highlight=False,
+    )
+    out.print(table)
+    if described["logs"]:
+        out.print(f"logs: {described['logs']}", highlight=False)
+
+
+@app.command()
+def role(
+    worker: Annotated[str, typer.Argument(help="Worker's name, such as verify-0.")],
+    to: Annotated[Role, typer.Argument(help="Its new role.")],
+    name: NameOption = DEFAULT_NAME,
+) -> None:
+    """Change a worker's role; requests it holds go on elsewhere."""
+    with _told_plainly():
+        from cluster import launch  # noqa: PLC0415
+
+        out.print(f"{launch.change_role(_state(name), worker, to)} is a {to} worker now", highlight=False)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="Text to go on from; - reads it from standard input.")],
+    address: AddressOption = DEFAULT_ADDRESS,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that make up this share.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0: all.")] = 0,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same tokens.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this string; may be given several times.")] = None,
+    chat: Annotated[bool, typer.Option(help="Lay the prompt out with the model's chat template.")] = False,
+    token_file: Annotated[Path | None, typer.Option(help="File with the bearer token.")] = None,
+    ca: Annotated[
+        Path | None, typer.Option(help="PEM file of the authority that signed the router's certificate.")
+    ] = None,
+    stats: Annotated[bool, typer.Option(help="Say afterwards where the time went.")] = False,
+) -> None:
+    """Send one prompt and print the answer as it comes."""
+    from tidemill import Tls  # noqa: PLC0415
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    token = token_file.read_text(encoding="utf-8").strip() if token_file else None
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed,
+        "stop": tuple(stop or ()),
+    }  # fmt: skip
+    try:
+        with Client(address, token=token, tls=Tls(ca) if ca else None) as client:
+            chunks = client.stream_chat([Message("user", text)], **options) if chat else client.stream(text, **options)
+            for chunk in chunks:
+                print(chunk.text, end="", flush=True)
+                if chunk.summary is not None and stats:
+                    _print_stats(chunk.summary)
+        print()
+    except TidemillError as error:
+        hint = "; is it up? see `tidemill status`" if error.kind == "unavailable" else ""
+        err.print(f"\n[red]error:[/] {error}{hint}", highlight=False)
+        raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _print_stats(summary: Any) -> None:
+    timing, route = summary.timing, summary.route
+    err.print(
+        f"\n\n{summary.output_tokens} tokens, TTFT {timing.ttft_s * 1e3:.1f} ms, TPOT {timing.tpot_s * 1e3:.2f} ms, "
+        f"{summary.speculation.accepted_per_verify:.2f} accepted per verify, "
+        f"prefill {route.prefill_worker or 'in place'}, verify {route.verify_worker}, draft {route.draft_worker or 'none'}",
+        highlight=False,
+    )
+
+
+@app.command()
+def demo(
+    config: ConfigOption = Path("deploy/local.yaml"),
+    requests: Annotated[int, typer.Option(help="How many prompts to send.")] = 12,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of each answer.")] = 64,
+) -> None:
+    """Bring a cluster up, serve a dozen prompts, show where their time went, take it down."""
+    with _told_plainly():
+        from cluster.demo import run_demo  # noqa: PLC0415
+
+        _say("reading the settings")
+        run_demo(load_settings(config), requests, max_tokens, out, _say)
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    app()
+
+
+if __name__ == "__main__":
+    main()

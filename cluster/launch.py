@@ -1,0 +1,225 @@
+"""Up, status and down of one cluster, from its settings."""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from cluster import head
+from cluster.controller import start_controller
+from cluster.pools import CONTROLLER, ROUTER, Pools, find
+from tidemill.core.model import Role
+from tidemill.core.settings import Settings
+
+READY_TIMEOUT_S = 120.0
+Say = Callable[[str], None]
+
+
+class LaunchError(RuntimeError):
+    """The cluster did not come up, or is not there; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterState:
+    """What `up` leaves for the other commands, in the user's state folder, readable by the user alone."""
+
+    name: str
+    ray_address: str
+    ray_token: str
+    head_pid: int | None  # None: the Ray cluster was there before, and stays
+    folder: str  # Ray's sessions and logs
+    router_address: str = ""
+    workers: tuple[str, ...] = ()
+
+
+def state_path(name: str) -> Path:
+    root = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
+    return Path(root) / "tidemill" / f"{name}.json"
+
+
+def read_state(name: str) -> ClusterState | None:
+    """None if no such cluster was brought up, or its head is gone."""
+    try:
+        document = json.loads(state_path(name).read_text(encoding="utf-8"))
+        state = ClusterState(**(document | {"workers": tuple(document["workers"])}))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    if state.head_pid is not None and not head.is_running(state.head_pid):
+        _forget(state)
+        return None
+    return state
+
+
+def _write_state(state: ClusterState) -> None:
+    path = state_path(state.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = path.with_suffix(f".{os.getpid()}")
+    fresh.touch(mode=0o600)
+    fresh.write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+    fresh.replace(path)
+
+
+def _forget(state: ClusterState) -> None:
+    state_path(state.name).unlink(missing_ok=True)
+    if state.head_pid is not None:
+        shutil.rmtree(state.folder, ignore_errors=True)
+
+
+def connect(state: ClusterState) -> None:
+    """Join the Ray cluster as a driver. Raises LaunchError."""
+    if state.ray_token:
+        head.use_token(state.ray_token)
+    try:
+        ray.init(
+            address=state.ray_address,
+            namespace=state.name,
+            log_to_driver=False,
+            logging_level="ERROR",
+            configure_logging=False,
+            ignore_reinit_error=True,
+        )
+    except (RayError, ConnectionError, RuntimeError) as error:
+        raise LaunchError(f"the Ray cluster at {state.ray_address} cannot be reached: {error}") from error
+
+
+def up(settings: Settings, say: Say) -> ClusterState:
+    """Bring everything up and wait until it serves. What was started is ended again if that fails.
+
+    Raises LaunchError, and whatever the settings' models make the workers raise.
+    """
+    running = read_state(settings.name)
+    if running is not None:
+        raise LaunchError(
+            f"cluster {settings.name!r} is up already, at {running.router_address}; "
+            "use it, end it with `tidemill down`, or give this one another `name`"
+        )
+    state = _ray(settings, say)
+    _write_state(state)
+    try:
+        connect(state)
+        say("starting the router and the workers")
+        pools = Pools(settings)
+        workers = pools.first_workers()
+        router = pools.start_router()
+        handles = {name: pools.start_worker(name, role) for name, role in workers}
+        address: str = _wait_for(router.start.remote(), "the router")
+        for name, handle in handles.items():
+            _wait_for(handle.describe.remote(), name)
+            say(f"{name} is ready")
+        start_controller([name for name, _ in workers])
+        _wait_until_serving(router, len(workers))
+        state = ClusterState(**(asdict(state) | {"router_address": address, "workers": tuple(handles)}))
+        _write_state(state)
+        return state
+    except BaseException:
+        down(state, say)
+        raise
+
+
+def _ray(settings: Settings, say: Say) -> ClusterState:
+    if settings.ray.address is not None:
+        return ClusterState(settings.name, settings.ray.address, "", None, "")
+    say("starting Ray on this machine")
+    folder = Path(tempfile.mkdtemp(prefix="tidemill-"))  # short: Ray puts sockets there, whose paths are limited
+    token = head.new_token()
+    head.use_token(token)
+    address, pid = head.start_head(folder)
+    return ClusterState(settings.name, address, token, pid, str(folder))
+
+
+def _wait_for(reference: Any, what: str) -> Any:
+    """Raises LaunchError with the cause, in one line, if an actor cannot be made."""
+    try:
+        return ray.get(reference, timeout=READY_TIMEOUT_S)
+    except ray.exceptions.GetTimeoutError as error:
+        raise LaunchError(f"{what} was not ready within {READY_TIMEOUT_S:.0f} s; see Ray's logs") from error
+    except RayError as error:
+        raise LaunchError(f"{what} did not start: {_cause(error)}") from error
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of what the actor raised."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _wait_until_serving(router: Any, workers: int) -> None:
+    """Every worker's stream to the router is open."""
+    deadline = time.monotonic() + READY_TIMEOUT_S
+    while time.monotonic() < deadline:
+        seen = ray.get(router.describe.remote())["workers"]
+        if sum(worker["state"] == "serving" for worker in seen) >= workers:
+            return
+        time.sleep(0.1)
+    raise LaunchError("the workers are there, but the router does not reach them; see Ray's logs")
+
+
+def status(state: ClusterState) -> dict[str, Any]:
+    """The router's view and the workers' own words. Raises LaunchError."""
+    connect(state)
+    try:
+        described: dict[str, Any] = ray.get(find(ROUTER).describe.remote(), timeout=10.0)
+        reports = ray.get(find(CONTROLLER).reports.remote(), timeout=10.0)
+    except (RayError, ValueError) as error:
+        raise LaunchError(f"cluster {state.name!r} does not answer: {_cause(error)}") from error
+    by_name = {report.peer.id.name: report for report in reports.values() if report is not None}
+    for worker in described["workers"]:
+        report = by_name.get(worker["worker"].partition("@")[0])
+        worker["pid"] = report.pid if report else None
+        worker["metrics_address"] = report.metrics_address if report else ""
+    return described | {"logs": f"{state.folder}/session_latest/logs" if state.folder else ""}
+
+
+def change_role(state: ClusterState, worker: str, role: Role) -> str:
+    """Have a worker take another role; returns its new name@epoch. Raises LaunchError."""
+    connect(state)
+    try:
+        report = ray.get(find(worker).set_role.remote(str(role)), timeout=READY_TIMEOUT_S)
+    except ValueError as error:
+        raise LaunchError(f"there is no worker {worker!r}; there are {', '.join(state.workers)}") from error
+    except RayError as error:
+        raise LaunchError(f"{worker} keeps its role: {_cause(error)}") from error
+    return str(report.peer.id)
+
+
+def down(state: ClusterState, say: Say) -> None:
+    """End the actors, and the Ray head if `up` started it. Leaves nothing running and no file but Ray's own cluster's."""
+    try:
+        connect(state)
+        _stop_actors(state)
+    except (LaunchError, RayError):
+        say("Ray does not answer; ending its processes")
+    finally:
+        ray.shutdown()
+        if state.head_pid is not None:
+            head.stop_head(state.head_pid)
+        _forget(state)
+    say("everything is down")
+
+
+def _stop_actors(state: ClusterState) -> None:
+    """The controller first, so that it does not report the rest as lost; clients' requests end with the router."""
+    names = [CONTROLLER, ROUTER, *(state.workers or [entry["name"] for entry in ray.util.list_named_actors(True)])]
+    for name in names:
+        try:
+            actor = find(name)
+        except ValueError:
+            continue
+        if name == ROUTER:
+            _wait_quietly(actor.stop.remote())
+        ray.kill(actor, no_restart=True)
+
+
+def _wait_quietly(reference: Any) -> None:
+    try:
+        ray.get(reference, timeout=5.0)
+    except RayError:
+        pass

@@ -1,0 +1,137 @@
+"""All Ray placement and actor calls: workers and routers are plain classes, wrapped here as actors.
+
+Actors are named and detached: they outlive the process that made them, and the controller finds them again by name.
+"""
+
+import contextlib
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
+
+from tidemill.core.model import Member, Peer, Role
+from tidemill.core.settings import Settings
+
+log = logging.getLogger(__name__)
+
+ROUTER, CONTROLLER = "router", "controller"
+DESCRIBE_TIMEOUT_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """What a worker actor says of itself."""
+
+    peer: Peer
+    role: Role
+    pid: int
+    metrics_address: str
+
+
+class WorkerActor:
+    """Holds one workers.Worker. Ray restarts it when its process dies; it then comes back under a new epoch."""
+
+    def __init__(self, name: str, role: str, settings: Settings, host: str) -> None:
+        _log_to_stderr()
+        from workers.worker import Worker  # noqa: PLC0415 - torch is imported where the accelerator is
+
+        self._worker = Worker(name, Role(role), settings, host=host)
+        self._worker.start()
+
+    def describe(self) -> WorkerReport:
+        worker = self._worker
+        return WorkerReport(worker.peer, worker.role, os.getpid(), worker.metrics_address)
+
+    def set_role(self, role: str, drain_s: float | None = None) -> WorkerReport:
+        """Raises whatever made the switch fail; the worker then goes on in its old role."""
+        self._worker.set_role(Role(role), drain_s).result()
+        return self.describe()
+
+    def stop(self) -> None:
+        self._worker.stop()
+
+
+class RouterActor:
+    """Holds one router.RouterServer on the actor's own event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        _log_to_stderr()
+        from router.server import RouterServer  # noqa: PLC0415 - as above
+
+        self._server = RouterServer(settings)
+
+    async def start(self) -> str:
+        return await self._server.start()
+
+    async def set_members(self, members: Sequence[Member]) -> None:
+        await self._server.set_members(members)
+
+    async def describe(self) -> dict[str, Any]:
+        return self._server.describe() | {"pid": os.getpid()}
+
+    async def stop(self) -> None:
+        await self._server.stop()
+
+
+def _log_to_stderr() -> None:
+    """Into the actor's log file, which `tidemill status` names."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+class Pools:
+    """Makes and finds the actors of one cluster; the current process must be connected to Ray."""
+
+    def __init__(self, settings: Settings, host: str = "127.0.0.1") -> None:
+        self._settings = settings
+        self._host = host
+
+    def start_router(self) -> ActorHandle:
+        """Constructed, not yet listening."""
+        actor = ray.remote(RouterActor).options(
+            name=ROUTER, lifetime="detached", num_cpus=0, max_restarts=0, max_concurrency=64
+        )
+        return actor.remote(self._settings)
+
+    def start_worker(self, name: str, role: Role) -> ActorHandle:
+        """The actor loads its model in the background; its first answer comes when it serves."""
+        options = self._settings.ray
+        actor = ray.remote(WorkerActor).options(
+            name=name,
+            lifetime="detached",
+            num_cpus=options.cpus_per_worker,
+            num_gpus=options.gpus_per_worker,
+            max_restarts=options.max_restarts,
+            max_concurrency=4,
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._settings.engine.threads)}},
+        )
+        return actor.remote(name, str(role), self._settings, self._host)
+
+    def first_workers(self) -> list[tuple[str, Role]]:
+        """Name and role of every worker the settings ask for."""
+        counts = self._settings.pools
+        roles = {Role.PREFILL: counts.prefill, Role.DRAFT: counts.draft, Role.VERIFY: counts.verify}
+        return [(f"{role}-{index}", role) for role, count in roles.items() for index in range(count)]
+
+
+def find(name: str) -> ActorHandle:
+    """A named actor. Raises ValueError if there is none."""
+    return ray.get_actor(name)
+
+
+def describe_workers(names: Sequence[str]) -> dict[str, WorkerReport | None]:
+    """What each worker says; None where it says nothing in time or is being restarted."""
+    asked: dict[Any, str] = {}
+    for name in names:
+        with contextlib.suppress(ValueError):
+            asked[find(name).describe.remote()] = name
+    reports: dict[str, WorkerReport | None] = dict.fromkeys(names)
+    answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=DESCRIBE_TIMEOUT_S) if asked else ([], [])
+    for reference in answered:
+        with contextlib.suppress(RayError):
+            reports[asked[reference]] = ray.get(reference)
+    return reports
