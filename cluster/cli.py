@@ -169,7 +169,8 @@ def _print_stats(summary: Any) -> None:
     err.print(
         f"\n\n{summary.output_tokens} tokens, TTFT {timing.ttft_s * 1e3:.1f} ms, TPOT {timing.tpot_s * 1e3:.2f} ms, "
         f"{summary.speculation.accepted_per_verify:.2f} accepted per verify, "
-        f"prefill {route.prefill_worker or 'in place'}, verify {route.verify_worker}, draft {route.draft_worker or 'none'}",
+        f"prefill {route.prefill_worker or 'in place'}, verify {route.verify_worker}, "
+        f"draft {route.draft_worker or 'none'}",
         highlight=False,
     )
 

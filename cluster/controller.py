@@ -28,7 +28,7 @@ class Membership:
         self._silent: dict[str, int] = {}
 
     def update(self, reports: Mapping[str, WorkerReport | None]) -> tuple[Member, ...]:
-        """A worker that is busy or stopped for a moment stays; one that restarted is replaced by its new incarnation."""
+        """One that is busy or stopped for a moment stays; one that restarted is replaced by its new incarnation."""
         for name, report in reports.items():
             if report is not None:
                 self._members[name] = Member(report.peer, report.role)

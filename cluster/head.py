@@ -1,5 +1,6 @@
 """A Ray head of our own on this machine, for when the settings name no cluster: started and ended by its process id."""
 
+import contextlib
 import os
 import secrets
 import signal
@@ -91,7 +92,5 @@ def stop_head(pid: int) -> None:
 
 
 def _send(process: psutil.Process, number: int) -> None:
-    try:
+    with contextlib.suppress(psutil.NoSuchProcess):
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass

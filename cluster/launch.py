@@ -1,5 +1,6 @@
 """Up, status and down of one cluster, from its settings."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -191,7 +192,7 @@ def change_role(state: ClusterState, worker: str, role: Role) -> str:
 
 
 def down(state: ClusterState, say: Say) -> None:
-    """End the actors, and the Ray head if `up` started it. Leaves nothing running and no file but Ray's own cluster's."""
+    """End the actors, and the Ray head if `up` started it; leaves nothing of ours running."""
     try:
         connect(state)
         _stop_actors(state)
@@ -219,7 +220,5 @@ def _stop_actors(state: ClusterState) -> None:
 
 
 def _wait_quietly(reference: Any) -> None:
-    try:
+    with contextlib.suppress(RayError):
         ray.get(reference, timeout=5.0)
-    except RayError:
-        pass

@@ -36,7 +36,7 @@ def server_credentials(settings: RouterSettings) -> grpc.ServerCredentials | Non
     return grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)
 
 
-class BearerToken(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class BearerToken(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Turns away calls without `authorization: Bearer <token>`; health checks are open."""
 
     def __init__(self, token: str) -> None:
@@ -44,9 +44,9 @@ class BearerToken(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> Any:
         handler = await continuation(handler_call_details)
         if handler is None or handler_call_details.method.startswith(OPEN_SERVICES):
             return handler
@@ -64,7 +64,7 @@ async def _refuse(context: Any) -> None:
     )
 
 
-def _refusal(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+def _refusal(handler: Any) -> Any:
     """A handler of the same kind that refuses."""
 
     async def unary(request: Any, context: Any) -> None:

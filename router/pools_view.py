@@ -168,7 +168,7 @@ class PoolsView:
         self._workers: dict[str, WorkerConnection] = {}
 
     async def set_members(self, members: Sequence[Member]) -> None:
-        """Connect to new ones, leave those that are gone. A member is its name and address; epochs come with reports."""
+        """Connect to new ones, leave those that are gone. An address is a member; epochs come with reports."""
         wanted = {member.peer.address: member for member in members}
         for address in [each for each in self._workers if each not in wanted]:
             await self._workers.pop(address).close()

@@ -57,7 +57,7 @@ class RouterServer:
         self._gate = Gate(limits, self.metrics)
         router = Router(settings, self._pools, self._gate, self.metrics, self._clock, random.Random())
         self._servicer = _Servicer(settings, self._model, router, self.metrics, self._clock)
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._tasks: list[asyncio.Task[None]] = []
         self.address = ""
 

@@ -38,9 +38,9 @@ def check_model(asked: str, card: ModelCard) -> None:
 
 def sampling_from_pb(message: pb.SamplingParams, card: ModelCard) -> SamplingParams:
     """Checked parameters with a seed. Raises InvalidRequest."""
-    given = {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}
+    given = {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}  # type: ignore[arg-type]
     sampling = SamplingParams(
-        **given,  # type: ignore[arg-type]
+        **given,
         stop=tuple(message.stop),
         stop_token_ids=tuple(message.stop_token_ids),
     )

@@ -172,7 +172,7 @@ def model_card_from_pb(message: pb.ModelCard) -> ModelCard:
 def error_of(error: grpc.RpcError) -> TidemillError:
     """The typed error a failed call stands for."""
     status, details = error.code().name, error.details() or "no details"
-    metadata = dict(error.trailing_metadata() or ())
+    metadata: dict[str, Any] = dict(error.trailing_metadata() or ())  # type: ignore[arg-type]
     kind = metadata.get(KIND_METADATA_KEY)
     if kind is None and status == "RESOURCE_EXHAUSTED" and "larger than max" in details:
         return MessageTooLarge(f"{details}; send less, or raise router.max_message_bytes")

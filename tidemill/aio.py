@@ -52,7 +52,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Cancels calls under way."""
-        await self._channel.close()
+        await self._channel.close(None)
 
     async def generate(
         self,

@@ -17,7 +17,7 @@ import torch
 from tidemill.core import control_pb2 as pb
 from tidemill.core import wire
 from tidemill.core.control_pb2_grpc import WorkerServicer, WorkerStub, add_WorkerServicer_to_server
-from tidemill.core.messages import DraftCall, StepReport
+from tidemill.core.messages import DraftCall, DraftReply, StepReport
 from tidemill.core.model import Peer, Role
 from tidemill.core.settings import Settings
 from workers.engine.base import KvLayout
@@ -204,13 +204,16 @@ class _Servicer(WorkerServicer):
         loop = asyncio.get_running_loop()
         replies: asyncio.Queue[pb.DraftReply | None] = asyncio.Queue()  # at most one call awaits its reply
 
+        def answer(reply: DraftReply) -> None:
+            loop.call_soon_threadsafe(replies.put_nowait, wire.draft_reply_to_pb(reply))
+
         async def read() -> None:
             try:
                 async for message in requests:
                     self._worker.post_draft_call(
                         stream,
                         wire.draft_call_from_pb(message),
-                        lambda reply: loop.call_soon_threadsafe(replies.put_nowait, wire.draft_reply_to_pb(reply)),
+                        answer,
                     )
             except MailboxFull as error:
                 log.warning("a verify worker's stream is closed: %s", error)

@@ -209,7 +209,7 @@ class Worker:
         return self._links.rendezvous, self._links.accept(self.peer.id, sender)
 
     def set_role(self, role: Role, drain_s: float | None = None) -> "Future[None]":
-        """Drain, switch, prove, publish under a new epoch. The future fails, and the old role goes on, if that fails."""
+        """Drain, switch, prove, publish under a new epoch. If that fails, so does the future; the old role goes on."""
         done: Future[None] = Future()
         deadline = time.monotonic() + (self._settings.deadlines.drain_s if drain_s is None else drain_s)
 

@@ -206,7 +206,7 @@ class Settings(Section):
 
 def is_loopback(host: str) -> bool:
     """True if only this machine can reach a server that listens on `host`."""
-    return host == "localhost" or host == "::1" or host.startswith("127.")
+    return host in {"localhost", "::1"} or host.startswith("127.")
 
 
 def load_settings(path: Path) -> Settings:

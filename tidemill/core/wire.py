@@ -42,7 +42,7 @@ def worker_id_from_pb(message: pb.WorkerId) -> WorkerId:
 
 
 def peer_to_pb(peer: Peer | None) -> pb.Peer | None:
-    return peer and pb.Peer(id=worker_id_to_pb(peer.id), address=peer.address)
+    return None if peer is None else pb.Peer(id=worker_id_to_pb(peer.id), address=peer.address)
 
 
 def peer_from_pb(message: pb.Peer) -> Peer:

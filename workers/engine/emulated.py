@@ -1,7 +1,7 @@
 """An engine without a model: the native engine's own machinery over a keyed hash instead of a decoder.
 
-The token after a prefix is a hash of the whole prefix, read back through the KV blocks: a wrong block table, a lost block
-or a stale import gives other tokens, so identity can be checked. Steps take no time but the bookkeeping's.
+The token after a prefix is a hash of the whole prefix, read back through the KV blocks: a wrong block table, a lost
+block or a stale import gives other tokens, so identity can be checked. Steps take no time but the bookkeeping's.
 """
 
 import torch

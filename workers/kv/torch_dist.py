@@ -9,10 +9,11 @@ import itertools
 import threading
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore
+from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
 
 from tidemill.core.model import Peer, WorkerId
 from workers.engine.base import KvLayout
@@ -26,12 +27,13 @@ VERSION = 1
 IDLE = timedelta(days=30)
 
 
-def _group(store: TCPStore, name: str, rank: int, timeout: timedelta, device: torch.device):  # type: ignore[no-untyped-def]
+def _group(store: TCPStore, name: str, rank: int, timeout: timedelta, device: torch.device) -> Any:
+    """A group of two; returns when both members are there. Torch's group types are untyped."""
     prefixed = PrefixStore(f"{name}/", store)
     if device.type == "cuda":
         from torch.distributed import ProcessGroupNCCL  # noqa: PLC0415 - only CUDA builds have it
 
-        return ProcessGroupNCCL(prefixed, rank, 2)
+        return ProcessGroupNCCL(prefixed, rank, 2)  # type: ignore[call-arg]
     return ProcessGroupGloo(prefixed, rank, 2, timeout)
 
 
@@ -62,7 +64,7 @@ class LinkHost:
         except Exception as error:  # gloo raises RuntimeError, the store its own types; all mean the link is over
             self._receiver(Arrival(sender, error=str(error).splitlines()[0][:200]))
 
-    def _receive(self, group: ProcessGroupGloo, sender: str) -> Arrival:
+    def _receive(self, group: Any, sender: str) -> Arrival:
         header = torch.zeros(HEADER_WORDS, dtype=torch.int64)
         group.recv([header], SENDER, HEADER_TAG).wait()
         started = time.perf_counter()

@@ -1,7 +1,7 @@
 """What a role is: how a worker answers commands, and what it does around each step of its engine.
 
-All methods run on the engine's thread. A role keeps no thread, socket or clock of its own: time comes in as an argument,
-what it has to say goes out through `Outbox`.
+All methods run on the engine's thread. A role keeps no thread, socket or clock of its own: time comes in as an
+argument, what it has to say goes out through `Outbox`.
 """
 
 from typing import Protocol

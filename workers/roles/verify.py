@@ -6,6 +6,8 @@ Drafts are asked for after each step and attached before the next; a step waits 
 import logging
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tidemill.core import metrics
 from tidemill.core.lifecycle import LeaseState
 from tidemill.core.messages import (
@@ -32,6 +34,7 @@ from workers.kv.lease import LeaseTable, OpenLease
 from workers.kv.link import Arrival
 from workers.roles.base import Outbox
 from workers.speculation.pool import DrafterPool
+from workers.speculation.remote import RoundResult
 
 log = logging.getLogger(__name__)
 
@@ -149,9 +152,11 @@ class VerifyRole:
         kv = arrival.kv
         self._metrics.add(metrics.TRANSFER_BYTES, kv.numel() * kv.element_size(), direction="received")
         self._metrics.observe(metrics.TRANSFER_TIME, arrival.seconds, direction="received")
-        entry = self._leases.find(arrival.lease_id)
-        if entry is None:
-            return
+        lease = self._leases.find(arrival.lease_id)
+        if lease is not None:
+            self._fill(lease, arrival, kv, now)
+
+    def _fill(self, entry: OpenLease, arrival: Arrival, kv: Tensor, now: float) -> None:
         entry.sender = arrival.sender
         try:
             if arrival.first_block != entry.next_block:
@@ -190,15 +195,15 @@ class VerifyRole:
         """Drafts came; those that fit are verified in the next step."""
         result = self._drafters.answered(peer, reply)
         used = [self._engine.propose(draft) for draft in reply.drafts if draft.tokens]
-        if result == "late" and any(used):
-            result = "used"
+        if result is RoundResult.LATE and any(used):
+            result = RoundResult.USED
         self._metrics.add(metrics.DRAFT_ROUNDS, result=result)
 
     def on_drafter_lost(self, peer: Peer, why: str) -> None:
         """Its requests go on without drafts; the next one tries it again."""
         if self._drafters.lost(peer):
             log.warning("draft worker %s is lost: %s", peer.id, why)
-            self._metrics.add(metrics.DRAFT_ROUNDS, result="lost")
+            self._metrics.add(metrics.DRAFT_ROUNDS, result=RoundResult.LOST)
 
     def before_step(self, now: float) -> None:
         """Drafts are attached as they come."""

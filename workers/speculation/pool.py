@@ -35,7 +35,7 @@ class DrafterPool:
             self._drafters[peer].close_request(request_id)
 
     def call(self, committed: Iterable[tuple[Peer, Request, list[int]]], now: float) -> None:
-        """One message to each draft worker that has none under way: what was committed, what is over, what is wanted."""
+        """One message to each draft worker that has none under way: what is new, what is over, what is wanted."""
         by_peer: dict[Peer, dict[str, tuple[list[int], int]]] = {peer: {} for peer in self._drafters}
         for peer, request, tokens in committed:
             drafter = self._drafters.get(peer)

@@ -11,7 +11,10 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent / "kernels"
 # No -ffast-math: it would reorder sums, and on old compilers flush denormals for the whole process.
-FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-shared", "-fPIC"]
+FLAGS = [
+    "-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fopenmp",
+    "-shared", "-fPIC",
+]  # fmt: skip
 COMPILERS = ("g++", "clang++")
 
 log = logging.getLogger(__name__)

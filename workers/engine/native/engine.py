@@ -30,7 +30,7 @@ from workers.engine.native.model import NativeModel
 from workers.engine.native.pool import ROOT, BlockPool, chain_hash
 from workers.engine.native.scheduler import Scheduler, Slice
 from workers.engine.native.sequence import Sequence, SequenceState
-from workers.engine.sampling import choose, log_probabilities
+from workers.engine.sampling import Floats, choose, log_probabilities
 
 
 class Model(Protocol):
@@ -216,7 +216,7 @@ class NativeEngine:
                 progress.append(self._report_progress(each.sequence))
         return outputs, progress
 
-    def _accept(self, piece: Slice, chosen: list[int], logits: Tensor) -> SequenceOutput:
+    def _accept(self, piece: Slice, chosen: list[int], logits: Floats) -> SequenceOutput:
         """Sample-match: the target's own choices count as long as the draft foresaw them, and the first it did not.
 
         A stop condition cuts the output as if each token had come in a step of its own.
@@ -264,7 +264,7 @@ class NativeEngine:
         self._unshare(sequence)
 
     def _unshare(self, sequence: Sequence) -> None:
-        """A block that becomes partial again will be written to, so it may not stay in the prefix cache or be shared."""
+        """A block that becomes partial again will be written to, so it may be neither cached nor shared."""
         full = sequence.computed // self._block_size
         if len(sequence.hashes) > full:
             del sequence.hashes[full:]

@@ -1,7 +1,7 @@
 """KV blocks: who holds each, and which prefix of tokens each full one belongs to.
 
-A block is free, held (one or more references), or cached: nobody holds it, but its contents are those of a known prefix,
-so it can be taken again by a sequence with that prefix until it is evicted, least recently used first.
+A block is free, held (one or more references), or cached: nobody holds it, but its contents are those of a known
+prefix, so it can be taken again by a sequence with that prefix until it is evicted, least recently used first.
 """
 
 import hashlib
@@ -64,7 +64,7 @@ class BlockPool:
             self._hash[block] = None
 
     def release(self, blocks: Iterable[int]) -> None:
-        """Give up one reference to each; in the order of a sequence, so that its end is evicted before its beginning."""
+        """Give up one reference to each, in the order of a sequence: its end is evicted before its beginning."""
         for block in reversed(list(blocks)):
             if self._references[block] <= 0:
                 raise RuntimeError(f"block {block} is released more often than it was taken")
@@ -76,7 +76,7 @@ class BlockPool:
                     self._cached[block] = None
 
     def match(self, tokens: Sequence[int], block_size: int, limit: int) -> tuple[list[int], list[bytes]]:
-        """The longest cached prefix of at most `limit` full blocks: its blocks, a reference taken to each, and hashes."""
+        """The longest cached prefix of at most `limit` full blocks: a reference to each, and their hashes."""
         blocks: list[int] = []
         hashes: list[bytes] = []
         parent = ROOT
@@ -93,7 +93,7 @@ class BlockPool:
         return blocks, hashes
 
     def publish(self, block: int, contents: bytes) -> None:
-        """A held block is full and holds the prefix with this hash. A second block with the same contents stays private."""
+        """A held block is full of the prefix with this hash. A second one with the same contents stays private."""
         if self._caching and self._hash[block] is None and contents not in self._by_hash:
             self._hash[block] = contents
             self._by_hash[contents] = block

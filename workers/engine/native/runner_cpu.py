@@ -1,6 +1,6 @@
 """Runs the decoder with the compiled CPU kernels: one C call a step."""
 
-from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from ctypes import CDLL, POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 
 import torch
 from torch import Tensor
@@ -8,11 +8,13 @@ from torch import Tensor
 from workers.engine.native.batch import StepBatch
 from workers.engine.native.build import load_kernels
 from workers.engine.native.config import ModelConfig
+from workers.engine.native.memory import Arena
 from workers.engine.native.weights import ModelWeights
 
 LANES = 16
 MAX_HEAD_DIM = 256
 MAX_GROUP = 16
+PROJECTIONS = {"qkv": 1, "output": 1, "gate_up": 2, "down": 1}  # and how many matrices share their panels
 
 
 class _Layer(Structure):
@@ -34,13 +36,26 @@ class _Decoder(Structure):
 class _Step(Structure):
     _fields_ = [
         *((name, c_int64) for name in ("rows", "logit_rows")),
-        *((name, c_int32) for name in ("sequences", "table_width", "block_size")),
+        *((name, c_int32) for name in ("sequences", "table_width", "block_size", "threads")),
         *((name, c_void_p) for name in ("positions", "slots", "logit_row", "starts", "context", "tables")),
-        *((name, c_void_p) for name in ("residual", "normed", "qkv", "query", "mixed", "update", "gate_up", "gated")),
+        *((name, c_void_p) for name in ("residual", "normed", "qkv", "mixed", "gated")),
         ("kv", c_void_p),
         ("kv_layer_stride", c_int64),
         ("logits", c_void_p),
     ]  # fmt: skip
+
+
+def load_library() -> CDLL:
+    """The compiled kernels with their signatures. Raises NoCompiler."""
+    library = load_kernels()
+    library.decoder_forward.argtypes = [POINTER(_Decoder), POINTER(_Step)]
+    library.decoder_forward.restype = None
+    library.packed_size.argtypes = [c_int64, c_int64, c_int32]
+    library.packed_size.restype = c_int64
+    library.pack.argtypes = [c_int32, c_void_p, c_void_p, c_int64, c_int64, c_int32]
+    library.pack.restype = None
+    library.panel_columns.restype = c_int64
+    return library
 
 
 def unsupported(config: ModelConfig, block_size: int) -> str | None:
@@ -48,8 +63,8 @@ def unsupported(config: ModelConfig, block_size: int) -> str | None:
     sizes = (config.hidden_size, config.intermediate_size, config.head_dim, block_size)
     if any(size % LANES for size in sizes):
         return f"hidden, feed-forward, head and block sizes must be multiples of {LANES}, not {sizes}"
-    if config.head_dim > MAX_HEAD_DIM or config.head_dim % 32:
-        return f"head size must be a multiple of 32 up to {MAX_HEAD_DIM}, not {config.head_dim}"
+    if config.head_dim > MAX_HEAD_DIM:
+        return f"heads of at most {MAX_HEAD_DIM} channels, not {config.head_dim}"
     if config.num_heads // config.num_kv_heads > MAX_GROUP:
         return f"at most {MAX_GROUP} query heads per KV head"
     return None
@@ -58,32 +73,37 @@ def unsupported(config: ModelConfig, block_size: int) -> str | None:
 class CpuRunner:
     """Holds the packed weights and the scratch memory; `forward` is not reentrant."""
 
-    packing = "channels-first"  # how keys lie inside a KV block: see kernels/attention.h
+    packing = "pairs"  # how keys and values lie inside a KV block: see kernels/attention.h
 
     def __init__(self, config: ModelConfig, weights: ModelWeights, dtype: torch.dtype) -> None:
         self._config = config
         self._dtype = dtype
-        self._library = load_kernels()
-        self._library.packed_size.restype = c_int64
-        self._library.panel_columns.restype = c_int64
+        self._library = load_library()
         self._embedding = weights.embedding
-        self._kept: list[Tensor] = [weights.final_norm]  # whatever the structs point to
+        self._kept: list[Tensor] = []  # whatever the structs point to
+        self._arena = self._new_arena(weights)
         self._scratch_rows = 0
         self._scratch: list[Tensor] = []
         self._decoder = self._describe(weights)
         self._step = _Step()
 
+    def _new_arena(self, weights: ModelWeights) -> Arena:
+        """Room for all packed matrices; they lie in the order in which a step reads them."""
+        sizes = [self._library.packed_size(*weights.head.shape, 1)]
+        for layer in weights.layers:
+            sizes += [self._library.packed_size(*getattr(layer, name).shape, PROJECTIONS[name]) for name in PROJECTIONS]
+        return Arena(sum(sizes), len(sizes), self._dtype)
+
     def _describe(self, weights: ModelWeights) -> _Decoder:
         config = self._config
         layers = (_Layer * config.num_layers)()
         for into, layer in zip(layers, weights.layers, strict=True):
-            for name in ("qkv", "output", "gate_up", "down"):
-                setattr(into, name, self._packed(getattr(layer, name)))
+            for name, parts in PROJECTIONS.items():
+                setattr(into, name, self._packed(getattr(layer, name), parts))
             for name in ("input_norm", "post_norm", "q_norm", "k_norm"):
                 setattr(into, name, self._pointer(getattr(layer, name)))
             for name in ("qkv_bias", "output_bias"):
                 setattr(into, name, self._padded_bias(getattr(layer, name)))
-        cosines = config.cosines(torch.device("cpu"))
         return _Decoder(
             is_bf16=self._dtype is torch.bfloat16,
             layers=config.num_layers,
@@ -97,8 +117,8 @@ class CpuRunner:
             scale=config.head_dim**-0.5,
             layer=layers,
             final_norm=self._pointer(weights.final_norm),
-            head=self._packed(weights.head),
-            cosines=self._pointer(cosines),
+            head=self._packed(weights.head, 1),
+            cosines=self._pointer(config.cosines(torch.device("cpu"))),
         )
 
     def _pointer(self, tensor: Tensor | None) -> int | None:
@@ -108,18 +128,11 @@ class CpuRunner:
         self._kept.append(contiguous)
         return contiguous.data_ptr()
 
-    def _packed(self, weight: Tensor) -> int:
-        rows, columns = weight.shape
-        packed = torch.empty(self._library.packed_size(c_int64(rows), c_int64(columns)), dtype=self._dtype)
+    def _packed(self, weight: Tensor, parts: int) -> int:
+        packed = self._arena.take(self._library.packed_size(*weight.shape, parts))
         source = weight.contiguous()
-        self._library.pack(
-            int(self._dtype is torch.bfloat16),
-            c_void_p(source.data_ptr()),
-            c_void_p(packed.data_ptr()),
-            c_int64(rows),
-            c_int64(columns),
-        )
-        self._kept.append(packed)
+        is_bf16 = int(self._dtype is torch.bfloat16)
+        self._library.pack(is_bf16, source.data_ptr(), packed.data_ptr(), *weight.shape, parts)
         return packed.data_ptr()
 
     def _padded_bias(self, bias: Tensor | None) -> int | None:
@@ -136,10 +149,7 @@ class CpuRunner:
         widths = {
             "normed": config.hidden_size,
             "qkv": queries + 2 * config.num_kv_heads * config.head_dim,
-            "query": queries,
             "mixed": queries,
-            "update": config.hidden_size,
-            "gate_up": 2 * config.intermediate_size,
             "gated": config.intermediate_size,
         }
         self._scratch = [torch.empty(rows, width, dtype=self._dtype) for width in widths.values()]
@@ -150,14 +160,15 @@ class CpuRunner:
     def forward(self, batch: StepBatch, kv: Tensor) -> Tensor:
         """Float32 logits [R, vocabulary]; keys and values of all rows are written to `kv`."""
         rows, wanted = batch.token_ids.numel(), batch.logit_rows.numel()
-        if rows > self._scratch_rows:
-            self._grow_scratch(rows)
+        if max(rows, wanted) > self._scratch_rows:
+            self._grow_scratch(max(rows, wanted))
         residual = self._embedding[batch.token_ids]
         logits = torch.empty(wanted, self._config.vocab_size)
         step = self._step
         step.rows, step.logit_rows = rows, wanted
         step.sequences, step.table_width = batch.block_tables.shape
         step.block_size = kv.shape[4]
+        step.threads = torch.get_num_threads()
         step.positions, step.slots = batch.positions.data_ptr(), batch.slots.data_ptr()
         step.logit_row, step.starts = batch.logit_rows.data_ptr(), batch.query_starts.data_ptr()
         step.context, step.tables = batch.context_lengths.data_ptr(), batch.block_tables.data_ptr()

@@ -1,7 +1,7 @@
 """Runs the decoder with stock torch operators: where no compiler is found, and on CUDA.
 
-Every matrix product has a shape that does not depend on the batch (rows in tiles of 16, keys in tiles of 64 counted from
-position 0), so a row's result does not depend on what shares the step, as with the compiled kernels.
+Every matrix product has a shape that does not depend on the batch (rows in tiles of 16, keys in tiles of 64 counted
+from position 0), so a row's result does not depend on what shares the step, as with the compiled kernels.
 """
 
 import torch
@@ -98,7 +98,7 @@ class TorchRunner:
         return torch.cat(tiles)[:rows].to(q.dtype)
 
     def _attend_tile(self, q: Tensor, kv: Tensor, position: Tensor) -> Tensor:
-        """q [kv_heads, group * ROWS, head_dim], position [group * ROWS] -> like q. Online softmax over tiles of keys."""
+        """q [kv_heads, group * ROWS, head_dim], position [group * ROWS] -> like q; online softmax over key tiles."""
         highest = q.new_full((*q.shape[:2], 1), -1e30)
         total = torch.zeros_like(highest)
         out = torch.zeros_like(q)

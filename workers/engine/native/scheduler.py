@@ -118,7 +118,7 @@ class Scheduler:
         sequence.blocks, sequence.hashes, sequence.computed, sequence.draft = [], [], 0, ()
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Find the sequence's cached prefix and allocate blocks for all it must compute; False if they are not there."""
+        """Find the sequence's cached prefix and allocate blocks for the rest; False if there are too few."""
         self.find_prefix(sequence)
         while not self._grow(sequence, sequence.goal):
             if not self.held:

@@ -4,6 +4,8 @@
 #include "elementwise.h"
 #include "linear.h"
 
+#include <omp.h>
+
 extern "C" {
 
 struct Layer {  // matrices packed by pack(); biases float, padded to whole panels, or null
@@ -21,7 +23,7 @@ struct Decoder {
 
 struct Step {
   int64_t rows, logit_rows;
-  int32_t sequences, table_width, block_size;
+  int32_t sequences, table_width, block_size, threads;
   const int64_t *positions, *slots, *logit_row;
   const int32_t *starts, *context, *tables;
   void* residual;                       // [rows, hidden]: the embedded tokens on entry
@@ -59,6 +61,7 @@ static void forward(const Decoder& m, const Step& s) {
 extern "C" {
 
 void decoder_forward(const Decoder* decoder, const Step* step) {
+  omp_set_num_threads(step->threads);  // of this thread alone: a new one would take every core
   if (decoder->is_bf16) forward<bf16>(*decoder, *step);
   else forward<float>(*decoder, *step);
 }
