@@ -45,7 +45,7 @@ def read_weights(folder: Path, config: ModelConfig, dtype: torch.dtype, device: 
     for path in paths:
         try:
             with safe_open(str(path), "pt") as file:
-                for name in file:
+                for name in file.keys():  # noqa: SIM118 (a safe_open is no mapping)
                     tensors[name] = file.get_tensor(name).to(device=device, dtype=dtype)
         except (SafetensorError, OSError) as error:
             raise ModelFolderError(f"{path}: is truncated or not a safetensors file: {error}") from error

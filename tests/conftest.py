@@ -1,0 +1,27 @@
+"""Fixtures of all tests."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402 - after the number of threads is set
+
+torch.set_num_threads(1)
+
+MODELS = Path(__file__).parents[1] / "models"
+
+
+@pytest.fixture(scope="session")
+def models() -> Path:
+    """The bundled pair's folder."""
+    return MODELS
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[str]:
+    """The held-out prompts that come with the models."""
+    return [json.loads(line)["prompt"] for line in (MODELS / "prompts.jsonl").read_text().splitlines()]

@@ -1,0 +1,147 @@
+"""Small engines, and ways to run them."""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+
+from tidemill.core.messages import Draft
+from tidemill.core.model import Request
+from tidemill.core.settings import EngineSettings
+from tidemill.types import SamplingParams
+from workers.engine.emulated import EmulatedEngine
+from workers.engine.native.config import ModelConfig
+from workers.engine.native.engine import NativeEngine
+from workers.engine.native.model import NativeModel
+from workers.engine.native.runner_cpu import CpuRunner
+from workers.engine.native.runner_torch import TorchRunner
+from workers.engine.native.weights import LayerWeights, ModelWeights
+
+VOCABULARY = 97
+SMALL = EngineSettings(kv_blocks=256, max_batch_tokens=64)
+TINY = ModelConfig(
+    family="llama",
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=96,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    context_length=512,
+    rms_norm_eps=1e-5,
+    rope_theta=10000.0,
+    rope_scaling={},
+    tied_embeddings=False,
+    eos_token_ids=frozenset({1}),
+)
+
+
+def random_weights(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> ModelWeights:
+    """Large enough that logits differ clearly."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def make(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(dtype)
+
+    hidden, inner, head = config.hidden_size, config.intermediate_size, config.head_dim
+    queries, keys = config.num_heads * head, config.num_kv_heads * head
+    ones = torch.ones(hidden, dtype=dtype)
+    layers = tuple(
+        LayerWeights(
+            input_norm=ones,
+            qkv=make(queries + 2 * keys, hidden),
+            qkv_bias=make(queries + 2 * keys),
+            q_norm=None,
+            k_norm=None,
+            output=make(hidden, queries),
+            output_bias=None,
+            post_norm=ones,
+            gate_up=make(2 * inner, hidden),
+            down=make(hidden, inner),
+        )
+        for _ in range(config.num_layers)
+    )
+    return ModelWeights(make(config.vocab_size, hidden) * 8, layers, ones, make(config.vocab_size, hidden))
+
+
+def tiny_model(dtype: torch.dtype = torch.float32, kernels: str = "cpu") -> NativeModel:
+    """A random Llama that runs in a fraction of a millisecond."""
+    weights = random_weights(TINY, dtype)
+    device = torch.device("cpu")
+    runner = CpuRunner(TINY, weights, dtype) if kernels == "cpu" else TorchRunner(TINY, weights, device)
+    return NativeModel(TINY, runner, dtype, device)
+
+
+def make_engine(kind: str, settings: EngineSettings = SMALL) -> NativeEngine:
+    """"emulated", or "native-<kernels>-<dtype>"."""
+    if kind == "emulated":
+        return EmulatedEngine(settings, VOCABULARY)
+    _, kernels, dtype = kind.split("-")
+    return NativeEngine(tiny_model(getattr(torch, dtype), kernels), settings)
+
+
+def bundled_engine(models: Path, settings: EngineSettings) -> NativeEngine:
+    return NativeEngine.from_folder(models / "target", settings)
+
+
+def random_requests(seed: int, count: int = 8, longest: int = 60) -> list[Request]:
+    """Mixed lengths and parameters; some share a prefix."""
+    rng = random.Random(seed)
+    shared = [rng.randrange(2, VOCABULARY) for _ in range(40)]
+    requests = []
+    for index in range(count):
+        own = [rng.randrange(2, VOCABULARY) for _ in range(rng.randrange(1, longest))]
+        prompt = shared[: rng.randrange(40)] + own if rng.random() < 0.5 else own
+        sampling = SamplingParams(
+            max_tokens=rng.randrange(1, 40),
+            temperature=rng.choice([0.0, 0.7, 1.0]),
+            top_p=rng.choice([1.0, 0.9]),
+            top_k=rng.choice([0, 20]),
+            repetition_penalty=rng.choice([1.0, 1.2]),
+            frequency_penalty=rng.choice([0.0, 0.3]),
+            seed=index,
+            ignore_eos=rng.random() < 0.5,
+        )
+        requests.append(Request(f"r{index}", tuple(prompt), sampling))
+    return requests
+
+
+def drain(engine: NativeEngine, check: bool = True) -> dict[str, tuple[int, ...]]:
+    """Step until nothing is left; tokens by request."""
+    out: dict[str, tuple[int, ...]] = {}
+    while engine.has_work():
+        for each in engine.step().outputs:
+            out[each.request_id] = out.get(each.request_id, ()) + each.tokens
+        if check:
+            engine.check()
+    return out
+
+
+def one_by_one(engine: NativeEngine, requests: Iterable[Request]) -> dict[str, tuple[int, ...]]:
+    """Plain decoding, a request at a time: what everything else is compared with."""
+    out: dict[str, tuple[int, ...]] = {}
+    for request in requests:
+        engine.submit(request)
+        out |= drain(engine, check=False)
+    return out
+
+
+Drafter = Callable[[Request, tuple[int, ...]], Sequence[int]]
+
+
+def with_drafts(engine: NativeEngine, requests: Sequence[Request], drafter: Drafter) -> dict[str, tuple[int, ...]]:
+    """All at once, with a draft offered for each before every step."""
+    out: dict[str, tuple[int, ...]] = {request.id: () for request in requests}
+    for request in requests:
+        engine.submit(request)
+    while engine.has_work():
+        for request in requests:
+            tokens = tuple(drafter(request, out[request.id]))
+            base = len(request.prompt) + len(out[request.id])
+            engine.propose(Draft(request.id, base, tokens, tuple(range(-1, len(tokens) - 1))))
+        for each in engine.step().outputs:
+            out[each.request_id] += each.tokens
+        engine.check()
+    return out
