@@ -20,6 +20,7 @@ from router.policy.admission import AdmissionLimits
 from router.pools_view import PoolsView
 from router.route import Router
 from router.served_model import ServedModel
+from router.wellformed import WellFormed
 from tidemill.core import metrics
 from tidemill.core.clock import Clock, SystemClock
 from tidemill.core.lifecycle import RequestState
@@ -67,7 +68,7 @@ class RouterServer:
         limit = settings.max_message_bytes
         token = settings.token_file and read_secret(settings.token_file)
         self._server = grpc.aio.server(
-            interceptors=[BearerToken(token)] if token else [],
+            interceptors=[*([BearerToken(token)] if token else []), WellFormed()],
             options=[
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", limit),

@@ -92,11 +92,15 @@ def sampling_params(params: SamplingParams | None, changes: dict[str, Any]) -> S
 
 
 def _sampling_to_pb(sampling: SamplingParams) -> pb.SamplingParams:
-    values = {field.name: getattr(sampling, field.name) for field in fields(SamplingParams)}
-    try:
-        return pb.SamplingParams(**{name: value for name, value in values.items() if value is not None})
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"a sampling parameter has the wrong type or range: {error}") from error
+    message = pb.SamplingParams()
+    for field in fields(SamplingParams):
+        value = getattr(sampling, field.name)
+        if value is not None:
+            try:
+                message.MergeFrom(pb.SamplingParams(**{field.name: value}))
+            except (TypeError, ValueError) as error:
+                raise InvalidRequest(f"{field.name} is {value!r}, which has the wrong type or range: {error}") from error
+    return message
 
 
 def generate_request(

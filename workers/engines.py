@@ -7,6 +7,7 @@ from tidemill.core.settings import Settings
 from tidemill.core.text import load_tokenizer
 from workers.engine.base import Engine
 from workers.engine.emulated import EmulatedEngine
+from workers.engine.native.config import read_config
 from workers.engine.native.engine import NativeEngine
 
 
@@ -18,5 +19,6 @@ def make_engine(settings: Settings, role: Role) -> Engine:
     torch.set_num_threads(settings.engine.threads)
     if settings.engine.kind == "emulated":
         tokenizer = load_tokenizer(model.path)
-        return EmulatedEngine(settings.engine, tokenizer.get_vocab_size(), tokenizer)
+        config = read_config(model.path)
+        return EmulatedEngine(settings.engine, config.vocab_size, config.context_length, tokenizer)
     return NativeEngine.from_folder(model.path, settings.engine)

@@ -81,9 +81,11 @@ class ControlService:
         for queue in self._reports.values():
             with contextlib.suppress(asyncio.QueueFull):
                 queue.put_nowait(None)
-        for task in list(self._tasks):
-            task.cancel()
         await self._server.stop(0.2)
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
 
     # --- called on the engine's thread ---------------------------------------------------------------------------
 

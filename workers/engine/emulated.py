@@ -21,7 +21,7 @@ WORDS = 4  # a 64-bit hash as four 16-bit numbers, which float32 holds exactly
 class HashModel:
     """KV of a token is the hash of all tokens up to it; its keys carry it, its values nothing."""
 
-    def __init__(self, vocab_size: int = 4096, context_length: int = 8192) -> None:
+    def __init__(self, vocab_size: int, context_length: int) -> None:
         self.vocab_size = vocab_size
         self.context_length = context_length
         self.eos_token_ids: frozenset[int] = frozenset()
@@ -68,5 +68,11 @@ class EmulatedEngine(NativeEngine):
 
     kind = "emulated"
 
-    def __init__(self, settings: EngineSettings, vocab_size: int = 4096, tokenizer: Tokenizer | None = None) -> None:
-        super().__init__(HashModel(vocab_size), settings, tokenizer)
+    def __init__(
+        self,
+        settings: EngineSettings,
+        vocab_size: int = 4096,
+        context_length: int = 8192,
+        tokenizer: Tokenizer | None = None,
+    ) -> None:
+        super().__init__(HashModel(vocab_size, context_length), settings, tokenizer)

@@ -121,7 +121,7 @@ class VerifyRole:
     def _admit(self, request: Request, drafter: Peer | None, now: float) -> None:
         self._requests[request.id] = Decoding(request, list(request.tokens), now, drafter)
         if drafter is not None and self._settings.speculation.enabled:
-            self._drafters.open(drafter, request, now)
+            self._drafters.open(drafter, request)
 
     def _refuse(self, request_id: str, reason: Refusal) -> None:
         self._outbox.emit(Refused(request_id, reason))

@@ -23,12 +23,11 @@ class DrafterPool:
         self._connect = connect
         self._drafters: dict[Peer, RemoteDrafter] = {}
 
-    def open(self, peer: Peer, request: Request, now: float) -> None:
+    def open(self, peer: Peer, request: Request) -> None:
         """Tell the draft worker of a new request at once, so that it computes its KV beside the prefill worker."""
         if peer not in self._drafters:
             self._drafters[peer] = RemoteDrafter(peer, self._connect(peer))
         self._drafters[peer].open(request)
-        self._drafters[peer].call({}, now, self._settings.wait_s)
 
     def close_request(self, peer: Peer, request_id: str) -> None:
         if peer in self._drafters:

@@ -63,11 +63,13 @@ class RemoteDrafter:
         """Have it compute its own KV of the request's tokens, beside the prefill worker."""
         self._known[request.id] = _Told(request, len(request.tokens))
         self._opens.append(DraftOpen(request))
+        self.flush()
 
     def close_request(self, request_id: str) -> None:
         if self._known.pop(request_id, None) is not None:
             self._opens = [each for each in self._opens if each.request.id != request_id]
             self._closes.append(request_id)
+            self.flush()
 
     def knows(self, request_id: str) -> bool:
         return request_id in self._known
@@ -76,6 +78,10 @@ class RemoteDrafter:
     def busy(self) -> bool:
         """True while an answer is owed."""
         return self._round is not None
+
+    def flush(self) -> None:
+        """Say what waits to be said, unless an answer is owed."""
+        self.call({}, 0.0, 0.0)
 
     def call(self, committed: dict[str, tuple[list[int], int]], now: float, wait_s: float) -> None:
         """Say what is new. `committed`: request -> (all its tokens, drafts wanted). Nothing is sent while busy."""
@@ -108,6 +114,7 @@ class RemoteDrafter:
         if self._round is None or reply.round != self._round.number:
             return RoundResult.STALE
         late, self._round = self._round.late, None
+        self.flush()
         if late:
             return RoundResult.LATE
         self._misses = 0

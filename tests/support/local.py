@@ -1,0 +1,165 @@
+"""A cluster without Ray: a router in this event loop, workers in this process or in processes of their own."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from router.server import RouterServer
+from tidemill import AsyncClient
+from tidemill.core.model import Member, Peer, Role, WorkerId
+from tidemill.core.settings import (
+    DeadlineSettings,
+    EngineSettings,
+    ModelSettings,
+    PoolSettings,
+    RouterSettings,
+    Settings,
+    SpeculationSettings,
+)
+from workers.worker import Worker
+
+MODELS = Path(__file__).parents[2] / "models"
+ALL_ROLES = (Role.PREFILL, Role.DRAFT, Role.VERIFY, Role.VERIFY)
+
+
+def settings_for(
+    kind: str = "emulated",
+    *,
+    speculation: bool = True,
+    router: dict[str, object] | None = None,
+    deadlines: dict[str, float] | None = None,
+    **engine: object,
+) -> Settings:
+    """Small pools; drafts are waited for long enough to be used on a busy machine."""
+    return Settings(
+        name="test",
+        target=ModelSettings(path=MODELS / "target", name="tiny"),
+        draft=ModelSettings(path=MODELS / "draft"),
+        engine=EngineSettings(kind=kind, **({"kv_blocks": 512} | engine)),  # type: ignore[arg-type]
+        pools=PoolSettings(),
+        router=RouterSettings(**({"port": 0} | (router or {}))),  # type: ignore[arg-type]
+        speculation=SpeculationSettings(enabled=speculation, wait_s=0.2),
+        deadlines=DeadlineSettings(**(deadlines or {})),
+    )
+
+
+def member_names(roles: Sequence[Role]) -> list[tuple[str, Role]]:
+    counts: dict[Role, int] = {}
+    names = []
+    for role in roles:
+        names.append((f"{role}-{counts.get(role, 0)}", role))
+        counts[role] = counts.get(role, 0) + 1
+    return names
+
+
+@dataclass
+class LocalCluster:
+    """Workers are reachable as objects (`workers`), so that tests can look inside."""
+
+    router: RouterServer
+    address: str
+    workers: list[Worker] = field(default_factory=list)
+    members: list[Member] = field(default_factory=list)
+
+    async def settled(self, what: Callable[[], bool], timeout_s: float = 5.0) -> None:
+        """Wait until something is so; fails if it does not become so."""
+        deadline = time.monotonic() + timeout_s
+        while not what():
+            assert time.monotonic() < deadline, "it did not settle"
+            await asyncio.sleep(0.01)
+
+    async def nothing_held(self) -> None:
+        """No block, no lease and no request anywhere; a cluster that leaks fails here."""
+
+        def clean() -> bool:
+            loads = [worker.load() for worker in self.workers]
+            return all(load.kv_blocks_used == load.kv_blocks_leased == load.running_requests == 0 for load in loads)
+
+        await self.settled(lambda: clean() and all(worker._role.idle for worker in self.workers))
+        for worker in self.workers:
+            worker._engine.check()  # type: ignore[attr-defined]
+            assert not worker._owners
+        described = self.router.describe()
+        assert described["active"] == described["queued"] == 0
+
+
+@contextlib.asynccontextmanager
+async def local_cluster(settings: Settings, roles: Sequence[Role] = ALL_ROLES) -> AsyncIterator[LocalCluster]:
+    """Everything in this process. On the way out it must hold nothing."""
+    router = RouterServer(settings)
+    cluster = LocalCluster(router, await router.start())
+    try:
+        for name, role in member_names(roles):
+            worker = Worker(name, role, settings)
+            cluster.members.append(Member(worker.start(), role))
+            cluster.workers.append(worker)
+        await router.set_members(cluster.members)
+        await cluster.settled(lambda: len(router._pools.snapshot().workers) == len(roles))
+        yield cluster
+        await cluster.nothing_held()
+    finally:
+        await router.stop(0.1)
+        for worker in cluster.workers:
+            await asyncio.to_thread(worker.stop)
+
+
+class ProcessWorker:
+    """A worker in a process of its own, which can be killed."""
+
+    def __init__(self, name: str, role: Role, settings: Settings) -> None:
+        self.name, self.role = name, role
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.worker_process", name, str(role), settings.model_dump_json()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(MODELS.parent)},
+        )
+        self.peer: Peer | None = None
+
+    def wait(self) -> Member:
+        """Its first line says where it serves."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, f"{self.name} did not start"
+        document = json.loads(line)
+        self.peer = Peer(WorkerId(self.name, document["epoch"]), document["address"])
+        return Member(self.peer, self.role)
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def end(self) -> None:
+        """Closing its standard input ends it; a killed or stopped one is reaped all the same."""
+        self._process.send_signal(signal.SIGKILL)
+        self._process.communicate()
+
+
+@contextlib.asynccontextmanager
+async def process_cluster(
+    settings: Settings, roles: Sequence[Role] = ALL_ROLES
+) -> AsyncIterator[tuple[AsyncClient, RouterServer, list[ProcessWorker]]]:
+    """Workers in processes of their own; (client, router, workers)."""
+    workers = [ProcessWorker(name, role, settings) for name, role in member_names(roles)]
+    router = RouterServer(settings)
+    address = await router.start()
+    try:
+        members = [await asyncio.to_thread(worker.wait) for worker in workers]
+        await router.set_members(members)
+        deadline = time.monotonic() + 10
+        while len(router._pools.snapshot().workers) < len(roles):
+            assert time.monotonic() < deadline, "the workers do not answer"
+            await asyncio.sleep(0.02)
+        async with AsyncClient(address) as client:
+            yield client, router, workers
+    finally:
+        await router.stop(0.1)
+        for worker in workers:
+            worker.end()
