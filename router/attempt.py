@@ -78,6 +78,12 @@ class Attempt:
                 found.append(event)
         return found
 
+    def leave(self, worker: WorkerSnapshot | None) -> None:
+        """A worker that has done its part: what becomes of it does not matter to the request any more."""
+        for conversation in [each for each in self._open if worker and each.worker.peer.id == worker.peer.id]:
+            conversation.close(cancel=False)
+            self._open.remove(conversation)
+
     def close(self, finish: FinishReason | None) -> None:
         """Tell every worker that may still hold something; after a regular finish none does but the prefill worker."""
         for conversation in self._open:

@@ -1,6 +1,6 @@
 """What is known of one request on its way: where it is, what was sent, how long each part took."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tidemill.core.lifecycle import REQUEST_MOVES, Lifecycle, RequestState
 from tidemill.core.messages import FirstToken, Prefilled, Tokens
@@ -16,13 +16,14 @@ def _new_lifecycle() -> Lifecycle[RequestState]:
 class Journey:
     """Belongs to the coroutine that serves the request. Times are monotonic seconds."""
 
-    request: Request  # as it arrived; `current` has the tokens sent since
+    request: Request  # as it arrived
     arrived_at: float
     deadline: float
     lifecycle: Lifecycle[RequestState] = field(default_factory=_new_lifecycle)
     sent: list[int] = field(default_factory=list)
     avoid: set[WorkerId] = field(default_factory=set)  # workers that failed it
     refused: set[WorkerId] = field(default_factory=set)  # workers without room at the moment
+    attempts: int = 0
     failures: int = 0
     split_reason: str = ""
     prefill_worker: str = ""
@@ -38,10 +39,13 @@ class Journey:
     accepted: int = 0
     finish: FinishReason | None = None
 
-    @property
-    def current(self) -> Request:
-        """The request as the next worker must see it."""
-        return self.request.resumed(self.sent) if self.sent else self.request
+    def next_attempt(self) -> Request:
+        """The request as the next workers must see it: with the tokens sent, and under an id of its own.
+
+        A worker may still be sending tokens of an earlier attempt when it is given a new one; the id tells them apart.
+        """
+        self.attempts += 1
+        return replace(self.request.resumed(self.sent), id=f"{self.request.id}#{self.attempts}")
 
     def prefilled(self, event: Prefilled | None, now: float) -> None:
         """The prompt's KV is computed; None if the verify worker had all of it."""

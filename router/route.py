@@ -15,7 +15,8 @@ cancelled (the client left, its deadline passed) is an exception like any other:
 import asyncio
 import logging
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from dataclasses import dataclass
 
 from router.attempt import Attempt, AttemptFailed, AttemptRefused
@@ -29,7 +30,7 @@ from tidemill.core.clock import Clock
 from tidemill.core.lifecycle import RequestState
 from tidemill.core.messages import Lease, LeaseGranted, Prefill, Prefilled, Refusal, Reserve, Submit, Tokens
 from tidemill.core.metrics import Metrics
-from tidemill.core.model import PoolSnapshot, Role, WorkerSnapshot
+from tidemill.core.model import PoolSnapshot, Request, Role, WorkerSnapshot
 from tidemill.core.settings import Settings
 from tidemill.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
 
@@ -60,20 +61,21 @@ class Router:
         self._clock = clock
         self._rng = rng
 
-    async def serve(self, journey: Journey) -> AsyncIterator[list[Tokens]]:
+    async def serve(self, journey: Journey) -> AsyncGenerator[list[Tokens], None]:
         """The steps of a request, each list as soon as it is there. Raises TidemillError."""
         async with self._gate.admitted():  # 1
             while journey.finish is None:
-                attempt = Attempt(journey.current, self._pools)
+                attempt = Attempt(journey.next_attempt(), self._pools)
                 try:
-                    placement = await self._split_and_place(journey)  # 2, 3
+                    placement = await self._split_and_place(journey, attempt.request)  # 2, 3
                     if placement.prefill is None:
                         self._submit(journey, attempt, placement)
                     else:
                         lease = await self._reserve(journey, attempt, placement)  # 4
                         await self._prefill(journey, attempt, placement, lease)  # 5
-                    async for steps in self._decode(journey, attempt, placement):  # 6
-                        yield steps
+                    async with aclosing(self._decode(journey, attempt, placement)) as decoding:  # 6
+                        async for steps in decoding:
+                            yield steps
                 except AttemptRefused as refusal:
                     await self._try_another(journey, refusal)
                 except AttemptFailed as failure:
@@ -81,7 +83,7 @@ class Router:
                 finally:
                     attempt.close(journey.finish)  # 7
 
-    async def _split_and_place(self, journey: Journey) -> Placement:
+    async def _split_and_place(self, journey: Journey, request: Request) -> Placement:
         """Waits for a verify worker if there is none at the moment."""
         while True:
             snapshot = self._pools.snapshot()
@@ -91,7 +93,7 @@ class Router:
             journey.refused.clear()
             self._check_patience(journey, Unavailable("no verify worker can be reached; see `tidemill status`"))
             await asyncio.sleep(REFUSED_PAUSE_S)
-        elsewhere = split(snapshot, journey.current, self._settings.split.min_prefill_tokens)
+        elsewhere = split(snapshot, request, self._settings.split.min_prefill_tokens)
         self._metrics.add(metrics.DECISIONS, policy="split", reason=elsewhere.reason)
         prefill = self._choose(snapshot, Role.PREFILL, journey) if elsewhere.choice else None
         draft = self._choose(snapshot, Role.DRAFT, journey) if self._settings.speculation.enabled else None
@@ -131,7 +133,9 @@ class Router:
         journey.lifecycle.move(RequestState.PREFILLED)
         journey.prefilled(done, self._clock.monotonic())
 
-    async def _decode(self, journey: Journey, attempt: Attempt, placement: Placement) -> AsyncIterator[list[Tokens]]:
+    async def _decode(
+        self, journey: Journey, attempt: Attempt, placement: Placement
+    ) -> AsyncGenerator[list[Tokens], None]:
         """The first token may take a prompt's time, those after it a step's."""
         deadlines = self._settings.deadlines
         patience_s = deadlines.transfer_s if placement.prefill else deadlines.prefill_s
@@ -142,6 +146,7 @@ class Router:
                 continue  # a late word of the prefill worker
             if journey.lifecycle.state is not RequestState.DECODING:
                 journey.lifecycle.move(RequestState.DECODING)
+                attempt.leave(placement.prefill)  # its part is done: it may go now
             steps = [event, *attempt.more_tokens()]
             now = self._clock.monotonic()
             if journey.sent:
@@ -172,9 +177,10 @@ class Router:
         """A worker without room is passed over until all have been asked; then the request waits a moment."""
         journey.refused.add(refusal.worker)
         if refusal.reason is Refusal.TOO_LONG:
+            tokens = len(journey.request.prompt) + len(journey.sent)
             raise InvalidRequest(
-                f"prompt and output of {len(journey.current.tokens)} tokens do not fit a worker's KV pool; "
-                "shorten the prompt, or raise engine.kv_blocks"
+                f"prompt and output of {tokens} tokens do not fit a worker's KV pool; shorten the prompt, "
+                "or raise engine.kv_blocks"
             )
         self._metrics.add(metrics.RETRIES, failure=refusal.reason)
         self._check_patience(journey, Overloaded(f"every worker is full ({refusal.reason}); try again after a pause"))

@@ -4,7 +4,8 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import grpc
@@ -147,15 +148,17 @@ class _Servicer(InferenceServicer):
         return await self._unary(lambda: self._from_generate(request), context)
 
     async def GenerateStream(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
-        async for chunk in self._stream(lambda: self._from_generate(request), context):
-            yield chunk
+        async with aclosing(self._stream(lambda: self._from_generate(request), context)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def Chat(self, request: pb.ChatRequest, context: Any) -> pb.GenerateResponse:
         return await self._unary(lambda: self._from_chat(request), context)
 
     async def ChatStream(self, request: pb.ChatRequest, context: Any) -> AsyncIterator[pb.GenerateChunk]:
-        async for chunk in self._stream(lambda: self._from_chat(request), context):
-            yield chunk
+        async with aclosing(self._stream(lambda: self._from_chat(request), context)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         try:
@@ -197,14 +200,15 @@ class _Servicer(InferenceServicer):
         answer.text = "".join(texts)
         return answer
 
-    async def _stream(self, parse: Any, context: Any) -> AsyncIterator[pb.GenerateChunk]:
+    async def _stream(self, parse: Any, context: Any) -> AsyncGenerator[pb.GenerateChunk, None]:
         """Chunks of a request. Errors leave as gRPC status; a cancelled call leaves as CancelledError."""
         outcome, journey = "internal", None
         try:
             journey = self._journey(parse(), context)
             self._active.add(journey.request.id)
-            async for chunk in self._chunks(journey):
-                yield chunk
+            async with aclosing(self._chunks(journey)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
             outcome = str(journey.finish)
         except (asyncio.CancelledError, GeneratorExit):
             outcome = "cancelled"
@@ -230,7 +234,7 @@ class _Servicer(InferenceServicer):
         default = self._settings.router.default_deadline_s
         return Journey(request, now, now + (default if left is None else min(left, default)))
 
-    async def _chunks(self, journey: Journey) -> AsyncIterator[pb.GenerateChunk]:
+    async def _chunks(self, journey: Journey) -> AsyncGenerator[pb.GenerateChunk, None]:
         text = self._model.text_stream(journey.request.sampling.stop)
         steps = self._router.serve(journey)
         try:
@@ -245,7 +249,7 @@ class _Servicer(InferenceServicer):
                 yield chunk
         finally:
             started = time.perf_counter()
-            await steps.aclose()  # type: ignore[attr-defined]
+            await steps.aclose()
             if journey.finish is None:
                 self._metrics.observe(metrics.CANCEL_TO_RELEASE, time.perf_counter() - started)
 

@@ -8,9 +8,16 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import torch  # noqa: E402 - after the number of threads is set
+import torch  # after the number of threads is set
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--all-prompts", action="store_true", help="identity tests: all 50 held-out prompts and longer answers"
+    )
+
 
 MODELS = Path(__file__).parents[1] / "models"
 

@@ -99,7 +99,9 @@ def _sampling_to_pb(sampling: SamplingParams) -> pb.SamplingParams:
             try:
                 message.MergeFrom(pb.SamplingParams(**{field.name: value}))
             except (TypeError, ValueError) as error:
-                raise InvalidRequest(f"{field.name} is {value!r}, which has the wrong type or range: {error}") from error
+                raise InvalidRequest(
+                    f"{field.name} is {value!r}, which has the wrong type or range: {error}"
+                ) from error
     return message
 
 

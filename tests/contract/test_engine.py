@@ -161,7 +161,7 @@ class TestDrafting:
         engine = make_engine(kind)
         engine.prefill(request)
         drain(engine)
-        for output in ((), plain[:3], plain[:3] + (7, 8), plain[:20], plain[:4], ()):
+        for output in ((), plain[:3], (*plain[:3], 7, 8), plain[:20], plain[:4], ()):
             engine.rewrite(request.id, output, 5)
             drafted = drain(engine)[request.id]
             assert len(drafted) == 5

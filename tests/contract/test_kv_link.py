@@ -52,10 +52,8 @@ def net(request: pytest.FixtureRequest) -> Iterator[Net]:
     else:
         made = Net(lambda _: pytest.fail("replaced below"))
         host = LinkHost("127.0.0.1", LAYOUT, torch.device("cpu"), 5.0, made.receive)
-        made.opener = lambda to: TorchSendingEnd(
-            host.rendezvous, host.accept(to.id, SENDER), torch.device("cpu"), 5.0
-        )
-    yield made
+        made.opener = lambda to: TorchSendingEnd(host.rendezvous, host.accept(to.id, SENDER), torch.device("cpu"), 5.0)
+    return made
 
 
 def message(number: int, blocks: int = 3) -> KvMessage:

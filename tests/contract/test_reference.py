@@ -45,10 +45,16 @@ def make_folder(folder: Path, name: str) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             # Random norms and biases too, so that a forgotten one shows.
-            parameter.copy_(torch.randn_like(parameter) * (0.15 if parameter.dim() > 1 else 0.3) + (parameter.dim() == 1))
+            parameter.copy_(
+                torch.randn_like(parameter) * (0.15 if parameter.dim() > 1 else 0.3) + (parameter.dim() == 1)
+            )
     model.save_pretrained(folder)
     # The engine needs a tokenizer's file, not its contents: prompts here are token ids.
-    document = {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
+    document = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"},
+    }
     (folder / "tokenizer.json").write_text(json.dumps(document))
     return model
 

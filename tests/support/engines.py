@@ -75,7 +75,7 @@ def tiny_model(dtype: torch.dtype = torch.float32, kernels: str = "cpu") -> Nati
 
 
 def make_engine(kind: str, settings: EngineSettings = SMALL) -> NativeEngine:
-    """"emulated", or "native-<kernels>-<dtype>"."""
+    """ "emulated", or "native-<kernels>-<dtype>"."""
     if kind == "emulated":
         return EmulatedEngine(settings, VOCABULARY, 512)
     _, kernels, dtype = kind.split("-")

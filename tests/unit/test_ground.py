@@ -166,9 +166,9 @@ def test_reports_survive_the_wire(report: messages.StepReport) -> None:
         messages.DraftCall,
         st.integers(0, 2**60),
         st.lists(st.builds(messages.DraftOpen, requests), max_size=3).map(tuple),
-        st.lists(
-            st.builds(messages.DraftAsk, names, st.integers(0, 999), tokens, st.integers(0, 9)), max_size=3
-        ).map(tuple),
+        st.lists(st.builds(messages.DraftAsk, names, st.integers(0, 999), tokens, st.integers(0, 9)), max_size=3).map(
+            tuple
+        ),
         st.lists(names, max_size=3).map(tuple),
     )
 )

@@ -153,10 +153,13 @@ def test_the_parts_of_ttft_are_not_negative_and_add_up(
 
 def test_a_journey_resumes_from_what_was_sent() -> None:
     journey = Journey(Request("r", (1, 2), SamplingParams()), 0.0, 9.0)
-    assert journey.current is journey.request
+    first = journey.next_attempt()
+    assert (first.output, first.tokens) == ((), (1, 2))
     journey.took(Tokens("r", (5, 6), drafted=3, accepted=1, first=FirstToken(0, 0, 0)), 1.0)
     journey.took(Tokens("r", (7,), finish=FinishReason.LENGTH), 2.0)
-    assert journey.current.output == (5, 6, 7)
+    again = journey.next_attempt()
+    assert again.output == (5, 6, 7)
+    assert again.id != first.id, "a worker's late words of the first attempt must not be taken for the second's"
     assert (journey.verify_steps, journey.drafted, journey.accepted) == (2, 3, 1)
     assert journey.tpot_s == pytest.approx(0.5)
     assert journey.lifecycle.state is RequestState.QUEUED

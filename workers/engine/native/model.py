@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from workers.engine.base import KvLayout
+from workers.engine.native import memory
 from workers.engine.native.batch import StepBatch
 from workers.engine.native.build import NoCompiler
 from workers.engine.native.config import ModelConfig, read_config
@@ -66,6 +67,8 @@ class NativeModel:
         """An empty pool [layers, blocks, 2, kv_heads, block_size, head_dim]."""
         config = self.config
         shape = (config.num_layers, num_blocks, 2, config.num_kv_heads, block_size, config.head_dim)
+        if self._device.type == "cpu":
+            return memory.zeros(shape, self.dtype)
         return torch.zeros(shape, dtype=self.dtype, device=self._device)
 
     @torch.inference_mode()

@@ -56,32 +56,35 @@ static KeyTile<T> find_keys(const T* kv, const int32_t* blocks, int first, int e
   return tile;
 }
 
-// scores[r][i] = query r . key i
+// scores[r][i] = query r . key i * scale, in units of ln 2
 template <typename T, int R>
-static void tile_scores(const T* query, const KeyTile<T>& tile, const AttentionShape& shape, float* scores) {
+static void tile_scores(const T* query, const KeyTile<T>& tile, const KeyTile<T>* next, const AttentionShape& shape,
+                        float* scores) {
+  const float scale = shape.scale * LOG2_E;
   for (int v = 0; v < TILE / LANES; v += VECTORS) {
     f32x16 acc[R][VECTORS] = {};
     const T* columns[VECTORS];
     for (int c = 0; c < VECTORS; c++) columns[c] = tile.keys[v + c];
-    accumulate(acc, query, shape.head_dim, columns, shape.block_size * PAIR<T>, shape.head_dim, [](int64_t) {});
+    accumulate(acc, query, shape.head_dim, columns, shape.block_size * PAIR<T>, shape.head_dim,
+               next ? next->keys + v : nullptr);
     for (int r = 0; r < R; r++)
-      for (int c = 0; c < VECTORS; c++) store(scores + r * TILE + (v + c) * LANES, acc[r][c] * shape.scale);
+      for (int c = 0; c < VECTORS; c++) store(scores + r * TILE + (v + c) * LANES, acc[r][c] * scale);
   }
 }
 
 // Masks, then turns scores into weights and folds the tile into the row's running maximum and total (online softmax,
 // Milakov and Gimelshein 2018). Returns the factor for what was summed before.
 template <typename T>
-static inline float tile_softmax(float* scores, T* weights, int visible, float* maximum, float* total) {
+static inline __attribute__((always_inline)) float tile_softmax(float* scores, T* weights, int visible, float* maximum, float* total) {
   for (int i = std::max(visible, 0); i < TILE; i++) scores[i] = MASKED;
   f32x16 s[TILE / LANES];
   for (int v = 0; v < TILE / LANES; v++) s[v] = load(scores + v * LANES);
   const float before = *maximum, now = std::max(before, largest(larger(larger(s[0], s[1]), larger(s[2], s[3]))));
   for (int v = 0; v < TILE / LANES; v++) {
-    s[v] = exp_negative(s[v] - now);
+    s[v] = exp2_negative(s[v] - now);
     store(weights + v * LANES, s[v]);
   }
-  const float keep = before == now ? 1.0f : exp_negative(splat(before - now))[0];
+  const float keep = before == now ? 1.0f : exp2_negative(splat(before - now))[0];
   *maximum = now;
   *total = *total * keep + sum((s[0] + s[1]) + (s[2] + s[3]));
   return keep;
@@ -89,33 +92,36 @@ static inline float tile_softmax(float* scores, T* weights, int visible, float* 
 
 // out[r] = out[r] * keep[r] + weights[r] . values, over C vectors of channels from `channel` on.
 template <typename T, int R, int C>
-static inline void tile_values(const T* weights, const KeyTile<T>& tile, const float* keep, const AttentionShape& shape,
-                               int channel, float* out) {
+static inline void tile_values(const T* weights, const KeyTile<T>& tile, const KeyTile<T>* next, const float* keep,
+                               const AttentionShape& shape, int channel, float* out) {
   f32x16 acc[R][C];
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) acc[r][c] = load(out + r * shape.head_dim + channel + c * LANES) * keep[r];
   for (int v = 0; v * LANES < tile.count; v++) {
-    const T* columns[C];
-    for (int c = 0; c < C; c++) columns[c] = tile.values[v] + (channel + c * LANES) * PAIR<T>;
+    const T *columns[C], *ahead[C];
+    for (int c = 0; c < C; c++) {
+      columns[c] = tile.values[v] + (channel + c * LANES) * PAIR<T>;
+      ahead[c] = next ? next->values[v] + (channel + c * LANES) * PAIR<T> : nullptr;
+    }
     accumulate(acc, weights + v * LANES, TILE, columns, shape.head_dim * PAIR<T>, std::min(LANES, tile.count - v * LANES),
-               [](int64_t) {});
+               next ? ahead : nullptr);
   }
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) store(out + r * shape.head_dim + channel + c * LANES, acc[r][c]);
 }
 
 template <typename T, int R>
-static void tile_rows(QueryTile<T>& q, int row, const KeyTile<T>& tile, const AttentionShape& shape) {
+static void tile_rows(QueryTile<T>& q, int row, const KeyTile<T>& tile, const KeyTile<T>* next, const AttentionShape& shape) {
   float keep[R];
-  tile_scores<T, R>(q.query + (int64_t)row * shape.head_dim, tile, shape, q.scores);
+  tile_scores<T, R>(q.query + (int64_t)row * shape.head_dim, tile, next, shape, q.scores);
   for (int r = 0; r < R; r++)
     keep[r] = tile_softmax(q.scores + r * TILE, q.weights + r * TILE,
                            std::min(tile.count, q.position[row + r] + 1 - tile.first), q.maximum + row + r, q.total + row + r);
   float* out = q.out + (int64_t)row * shape.head_dim;
   int d = 0;
   for (; d + VECTORS * LANES <= shape.head_dim; d += VECTORS * LANES)
-    tile_values<T, R, VECTORS>(q.weights, tile, keep, shape, d, out);
-  for (; d < shape.head_dim; d += LANES) tile_values<T, R, 1>(q.weights, tile, keep, shape, d, out);
+    tile_values<T, R, VECTORS>(q.weights, tile, next, keep, shape, d, out);
+  for (; d < shape.head_dim; d += LANES) tile_values<T, R, 1>(q.weights, tile, next, keep, shape, d, out);
 }
 
 // One KV head of up to QUERY_TILE tokens of one sequence. `qkv` and `out` are rows of the tile's first token.
@@ -134,12 +140,20 @@ static void attention_tile(const T* qkv, T* out, const T* kv, const int32_t* blo
   }
   memset(q.out, 0, sizeof(float) * rows * D);
   const int end = first_position + tokens, row_blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
+  const T* head_kv = kv + kv_head * shape.head_stride();
+  KeyTile<T> tile = find_keys(head_kv, blocks, 0, end, shape);
   for (int first = 0; first < end; first += TILE) {
-    const KeyTile<T> tile = find_keys(kv + kv_head * shape.head_stride(), blocks, first, end, shape);
+    const bool more = first + TILE < end, more_heads = kv_head + 1 < shape.kv_heads;
+    const KeyTile<T> next = more ? find_keys(head_kv, blocks, first + TILE, end, shape)
+                                 : find_keys(head_kv + (more_heads ? shape.head_stride() : 0), blocks, 0, end, shape);
     for (int b = 0; b < row_blocks; b++) {
       const int row = b * rows / row_blocks, last = (b + 1) * rows / row_blocks;
-      with_rows(last - row, [&](auto count) { tile_rows<T, decltype(count)::value>(q, row, tile, shape); });
+      const bool fetch = b == 0 && (more || more_heads);
+      with_rows(last - row, [&](auto count) {
+        tile_rows<T, decltype(count)::value>(q, row, tile, fetch ? &next : nullptr, shape);
+      });
     }
+    tile = next;
   }
   for (int r = 0; r < rows; r++) {
     T* to = out + (int64_t)(r / group) * shape.heads * D + head + r % group * D;

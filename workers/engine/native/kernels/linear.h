@@ -70,19 +70,16 @@ struct Gate {
   }
 };
 
-// `ahead`: what the next call will read, or null.
 template <typename T, int R, typename Finish>
-static void linear_block(const T* x, int64_t in, const T* panel, const T* ahead, int64_t first_row, int64_t panel_index,
+static void linear_block(const T* x, int64_t in, const T* panel, bool fetch_next, int64_t first_row, int64_t panel_index,
                          const Finish& finish) {
   f32x16 acc[R][VECTORS] = {};
-  const T* columns[VECTORS];
-  for (int c = 0; c < VECTORS; c++) columns[c] = panel + c * LANES * PAIR<T>;
-  if (ahead)
-    accumulate(acc, x, in, columns, PANEL * PAIR<T>, in, [=](int64_t k) {
-      for (int c = 0; c < VECTORS; c++) __builtin_prefetch(ahead + k * PANEL + c * LANES * PAIR<T>, 0, 2);
-    });
-  else
-    accumulate(acc, x, in, columns, PANEL * PAIR<T>, in, [](int64_t) {});
+  const T *columns[VECTORS], *next[VECTORS];
+  for (int c = 0; c < VECTORS; c++) {
+    columns[c] = panel + c * LANES * PAIR<T>;
+    next[c] = columns[c] + PANEL * in;
+  }
+  accumulate(acc, x, in, columns, PANEL * PAIR<T>, in, fetch_next ? next : nullptr);
   for (int r = 0; r < R; r++) finish(first_row + r, panel_index, acc[r]);
 }
 
@@ -96,10 +93,11 @@ static void linear(const T* x, const T* packed, int64_t rows, int64_t in, int64_
       for (int64_t b = 0; b < blocks; b++) {  // rows are spread evenly over the blocks
         const int64_t first = chunk + b * size / blocks, last = chunk + (b + 1) * size / blocks;
         const T* panel = packed + p * PANEL * in;
-        // A lone block waits for memory and leaves the order of reads to the processor; several compute meanwhile.
-        const T* ahead = blocks > 1 ? panel + PANEL * in : nullptr;
+        // A lone block waits for memory and leaves the order of reads to the processor; with several, the first fetches
+        // what comes after the last.
+        const bool fetch_next = b == 0 && blocks > 1;
         with_rows(last - first, [&](auto count) {
-          linear_block<T, decltype(count)::value>(x + first * in, in, panel, ahead, first, p, finish);
+          linear_block<T, decltype(count)::value>(x + first * in, in, panel, fetch_next, first, p, finish);
         });
       }
   }

@@ -134,24 +134,25 @@ static inline float largest(f32x16 v) {
   return even > odd ? even : odd;
 }
 
-// e^x for x <= 0, relative error about 1e-7 (polynomial of the Cephes library); exactly 0 below -87.
-static inline f32x16 exp_negative(f32x16 x) {
-  const i32x16 n = __builtin_convertvector(fma(x, 1.44269504f, splat(-0.5f)), i32x16);  // towards zero: so, the nearest
-  const f32x16 whole = __builtin_convertvector(n, f32x16);
-  const f32x16 r = fma(whole, 2.12194440e-4f, fma(whole, -0.693359375f, x));
-  f32x16 p = splat(1.9875691500e-4f);
-  p = fma(p, r, splat(1.3981999507e-3f));
-  p = fma(p, r, splat(8.3334519073e-3f));
-  p = fma(p, r, splat(4.1665795894e-2f));
-  p = fma(p, r, splat(1.6666665459e-1f));
-  p = fma(p, r, splat(5.0000001201e-1f));
-  p = fma(p, r * r, r) + 1.0f;
-  return x < -87.0f ? f32x16{} : p * (f32x16)((n + 127) << 23);
+// 2^x for x <= 0, relative error about 2e-7 (Taylor polynomial on [-1/2, 1/2]); exactly 0 below -126.
+static inline f32x16 exp2_negative(f32x16 x) {
+  const float shift = 12582912.0f;  // 1.5 * 2^23: added, it leaves the nearest whole number in the low bits
+  const f32x16 shifted = x + shift, f = x - (shifted - shift);
+  f32x16 p = splat(1.5403530e-4f);
+  p = fma(p, f, splat(1.3333558e-3f));
+  p = fma(p, f, splat(9.6181291e-3f));
+  p = fma(p, f, splat(5.5504109e-2f));
+  p = fma(p, f, splat(2.4022651e-1f));
+  p = fma(p, f, splat(6.9314718e-1f));
+  p = fma(p, f, splat(1.0f));
+  return x < -126.0f ? f32x16{} : (f32x16)((i32x16)p + ((i32x16)shifted << 23));
 }
+
+constexpr float LOG2_E = 1.44269504f;
 
 // x * sigmoid(x)
 static inline f32x16 silu(f32x16 x) {
-  const f32x16 e = exp_negative(x < 0.0f ? x : -x);
+  const f32x16 e = exp2_negative((x < 0.0f ? x : -x) * LOG2_E);
   return (x < 0.0f ? x * e : x) / (1.0f + e);
 }
 
@@ -207,21 +208,26 @@ constexpr int MAX_ROWS = 3, VECTORS = 2;
 
 // acc[r][c] += x[r] . w[c] over `channels`. Every element has one accumulator and takes the channels in ascending order,
 // so a row's result does not depend on R. x: rows of `x_stride`; w[c]: 16 columns x PAIR of a channel pair, the next pair
-// `w_stride` further on. `each(k)` runs once a channel pair.
-template <typename T, int R, int C, typename Each>
+// `w_stride` further on. `ahead`: like w, what a later call will read, fetched meanwhile; or null.
+template <typename T, int R, int C>
 static inline __attribute__((always_inline)) void accumulate(f32x16 (&acc)[R][C], const T* x, int64_t x_stride,
                                                              const T* const (&w)[C], int64_t w_stride, int64_t channels,
-                                                             Each each) {
+                                                             const T* const* ahead) {
   typedef Operand<T> Op;
-  for (int64_t k = 0; k < channels; k += PAIR<T>) {
-    typename Op::type columns[C];
-    for (int c = 0; c < C; c++) columns[c] = Op::columns(w[c] + k / PAIR<T> * w_stride);
-    each(k);
-    for (int r = 0; r < R; r++) {
-      const typename Op::type row = Op::row(x + r * x_stride + k);
-      for (int c = 0; c < C; c++) acc[r][c] = multiply_add(acc[r][c], row, columns[c]);
+  const auto run = [&](auto fetch) {
+    for (int64_t k = 0; k < channels; k += PAIR<T>) {
+      typename Op::type columns[C];
+      for (int c = 0; c < C; c++) columns[c] = Op::columns(w[c] + k / PAIR<T> * w_stride);
+      if constexpr (decltype(fetch)::value)
+        for (int c = 0; c < C; c++) __builtin_prefetch(ahead[c] + k / PAIR<T> * w_stride, 0, 2);
+      for (int r = 0; r < R; r++) {
+        const typename Op::type row = Op::row(x + r * x_stride + k);
+        for (int c = 0; c < C; c++) acc[r][c] = multiply_add(acc[r][c], row, columns[c]);
+      }
     }
-  }
+  };
+  if (ahead) run(std::true_type{});
+  else run(std::false_type{});
 }
 
 // Calls f(std::integral_constant<int, rows>) for 1 <= rows <= MAX_ROWS.
