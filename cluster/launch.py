@@ -102,6 +102,7 @@ def up(settings: Settings, say: Say) -> ClusterState:
             f"cluster {settings.name!r} is up already, at {running.router_address}; "
             "use it, end it with `tidemill down`, or give this one another `name`"
         )
+    _check_folders(settings)
     state = _ray(settings, say)
     _write_state(state)
     try:
@@ -123,6 +124,17 @@ def up(settings: Settings, say: Say) -> ClusterState:
     except BaseException:
         down(state, say)
         raise
+
+
+def _check_folders(settings: Settings) -> None:
+    """What can be seen to be wrong before Ray is started; the workers check the rest when they load the models."""
+    for model in filter(None, (settings.target, settings.draft)):
+        missing = [name for name in ("config.json", "tokenizer.json") if not (model.path / name).is_file()]
+        if missing:
+            raise LaunchError(
+                f"{model.path}: no {' and no '.join(missing)}; expected a Hugging Face folder with config.json, "
+                "tokenizer.json and *.safetensors"
+            )
 
 
 def _ray(settings: Settings, say: Say) -> ClusterState:
