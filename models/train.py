@@ -2,7 +2,7 @@
 
     python models/train.py prepare                       # tokenizer, prompts.jsonl, two untrained folders
     python models/train.py target --minutes 50
-    python models/train.py draft --minutes 20            # needs the target
+    python models/train.py draft --minutes 22            # needs the target
     python models/train.py evaluate                      # evaluation.json and the figures of the model card
 
 `--minutes` trains until the time is up and says how many steps that took; `--steps` trains that many and is
@@ -268,7 +268,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="OpenMP threads (default 1)")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("prepare", help="tokenizer, prompts and untrained folders")
-    for name, minutes, rate, tokens in (("target", 50.0, 2e-3, 4096), ("draft", 20.0, 4e-3, 2048)):
+    for name, minutes, rate, tokens in (("target", 50.0, 2e-3, 4096), ("draft", 22.0, 4e-3, 2048)):
         command = commands.add_parser(name, help=f"train the {name}")
         command.add_argument("--minutes", type=float, default=minutes, help=f"train this long (default {minutes:.0f})")
         command.add_argument("--steps", type=int, help="train this many steps instead")
