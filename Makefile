@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := tidemill/proto/inference.proto tidemill/core/control.proto
 
-.PHONY: help env demo test lint types unit e2e bench protos clean
+.PHONY: help env demo test lint types unit e2e identity docs bench protos clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
@@ -42,9 +42,25 @@ e2e: env
 test: lint types env
 	$(BIN)/python -m pytest tests
 
+# make identity: the same tokens through every way, for all held-out prompts.
+identity: env
+	$(BIN)/python -m pytest tests/e2e/test_identity.py --all-prompts --timeout 1200
+
+# make docs: the pages that are made from declarations.
+docs: env
+	$(BIN)/python docs/build.py
+
 # make bench: the measurements of the README, against vLLM on the same core (makes a second environment for it).
-bench: env
-	$(BIN)/python -m benchmarks.engine --venv .venv-vllm
+bench: env .venv-vllm/.installed
+	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.kv_link
+	$(BIN)/python -m benchmarks.router_throughput
+
+.venv-vllm/.installed: requirements/bench-vllm.txt
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/bench-vllm.txt
+	@touch $@
 
 # make protos: the generated code beside the .proto files.
 protos: env

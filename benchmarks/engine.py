@@ -3,7 +3,7 @@
     python -m benchmarks.engine               # both, alternating; prints a table of medians and ratios
     python -m benchmarks.engine --rounds 5
 
-vLLM runs in an environment of its own (--venv, made with `make .venv-vllm`), eagerly and without prefix cache; so does
+vLLM runs in an environment of its own (--venv; `make bench` makes it), eagerly and without prefix cache; so does
 the native engine. Each round runs both in fresh processes, one after the other, pinned to the same core.
 """
 
@@ -105,7 +105,7 @@ def main() -> None:
     args = parser.parse_args()
     peer = args.venv / "bin" / "python"
     if not peer.is_file():
-        sys.exit(f"{peer} is missing; make it with `make .venv-vllm`")
+        sys.exit(f"{peer} is missing; make it with `make .venv-vllm/.installed`")
     runs: dict[str, list[dict[str, Any]]] = {"native": [], "vllm": []}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "llama-27m"

@@ -2,12 +2,13 @@
 
     python -m benchmarks.overhead
 
-One request at a time, no drafts, no prefix cache, the bundled target. Three ways for the same prompts: the engine called
-in this process; a cluster that prefills where it decodes; a cluster with a prefill worker. The ways alternate request by
-request, and each figure is a median.
+One request at a time, no drafts, no prefix cache, the bundled target. Three ways for the same prompts: the engine
+called in this process; a cluster that prefills where it decodes; a cluster with a prefill worker. Engine and cluster
+alternate request by request, and each figure is a median.
 """
 
 import argparse
+import itertools
 import multiprocessing
 import random
 import statistics
@@ -67,7 +68,7 @@ def through_cluster(client: Client, prompt: list[int]) -> tuple[float, float]:
 
 
 def _figures(stamps: list[float]) -> tuple[float, float]:
-    gaps = [after - before for before, after in zip(stamps[1:], stamps[2:], strict=False)]
+    gaps = [after - before for before, after in itertools.pairwise(stamps[1:])]
     return stamps[1] - stamps[0], statistics.median(gaps)
 
 
@@ -104,11 +105,14 @@ def compare(engine: NativeEngine, client: Client, way: str, repeats: int, rng: r
             prompt = [rng.randrange(5, 4096) for _ in range(length)]
             found[IN_PROCESS].append(engine_alone(engine, prompt))
             found[way].append(through_cluster(client, prompt))
-        ttft, itl = ({name: statistics.median(run[part] for run in runs[2:]) for name, runs in found.items()} for part in (0, 1))
+        ttft, itl = (
+            {name: statistics.median(run[part] for run in runs[2:]) for name, runs in found.items()} for part in (0, 1)
+        )
+        alone, cluster = ((ttft[name] * 1e3, itl[name] * 1e3) for name in (IN_PROCESS, way))
         print(
-            f"{length:5d} tokens  {IN_PROCESS}: TTFT {ttft[IN_PROCESS] * 1e3:7.2f} ms, ITL {itl[IN_PROCESS] * 1e3:5.2f} ms   "
-            f"{way}: TTFT {ttft[way] * 1e3:7.2f} ms ({(ttft[way] - ttft[IN_PROCESS]) * 1e3:+.2f} ms, "
-            f"{ttft[way] / ttft[IN_PROCESS]:.2f}x), ITL {itl[way] * 1e3:5.2f} ms ({(itl[way] - itl[IN_PROCESS]) * 1e3:+.2f} ms)",
+            f"{length:5d} tokens  {IN_PROCESS}: TTFT {alone[0]:7.2f} ms, ITL {alone[1]:5.2f} ms   "
+            f"{way}: TTFT {cluster[0]:7.2f} ms ({cluster[0] - alone[0]:+.2f} ms, {cluster[0] / alone[0]:.2f}x), "
+            f"ITL {cluster[1]:5.2f} ms ({cluster[1] - alone[1]:+.2f} ms)",
             flush=True,
         )
 

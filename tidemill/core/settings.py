@@ -22,7 +22,7 @@ class SettingsError(ValueError):
 class Section(BaseModel):
     """Base of all sections: immutable, no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class ModelSettings(Section):
@@ -69,15 +69,20 @@ class PoolSettings(Section):
     """How many workers start in each role. Draft workers are optional."""
 
     prefill: Annotated[int, Field(ge=0)] = 1
+    """Workers that compute prompts; with none, verify workers do."""
     draft: Annotated[int, Field(ge=0)] = 1
+    """Workers that run the draft model; with none, nothing is drafted."""
     verify: Count = 2
+    """Workers that decode, and verify drafts."""
 
 
 class TlsSettings(Section):
     """PEM files."""
 
     certificate: Path
+    """The router's certificate, with its chain."""
     key: Path
+    """Its private key."""
     client_ca: Path | None = None
     """If set, clients must show a certificate of this authority."""
 
@@ -115,6 +120,7 @@ class SpeculationSettings(Section):
     """Drafts from the draft pool."""
 
     enabled: bool = True
+    """Off: no drafts are asked for, whatever pools.draft is."""
     max_draft_tokens: Annotated[int, Field(ge=1, le=16)] = 4
     """Length of a draft chain."""
     max_batch: Count = 8
@@ -146,7 +152,9 @@ class SloSettings(Section):
     """A named latency goal."""
 
     ttft_s: Seconds
+    """Time to first token."""
     tpot_s: Seconds
+    """Mean time per output token after it."""
 
 
 class RaySettings(Section):
@@ -157,6 +165,7 @@ class RaySettings(Section):
     cpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     """Ray CPUs reserved for each worker actor; 0 lets many share a small machine."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    """Ray GPUs reserved for each worker actor."""
     max_restarts: int = -1
     """How often Ray restarts a dead worker; -1: always."""
 
@@ -165,6 +174,7 @@ class MetricsSettings(Section):
     """Prometheus endpoints of router and workers."""
 
     host: str = "127.0.0.1"
+    """Address the router's endpoint listens on."""
     router_port: Port = 0
     """0: any free port; `tidemill status` shows it. Workers always take a free port."""
 
