@@ -5,7 +5,6 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich import box
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
@@ -99,7 +98,11 @@ def _answer_shown(exchange: Exchange) -> Group:
 def _table(exchanges: list[Exchange]) -> Table:
     """Fits a terminal of 80 columns."""
     table = Table(
-        title="where the time went (milliseconds)", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title="where the time went (milliseconds)",
+        title_justify="left",
+        box=None,
+        padding=(0, 1, 0, 0),
+        header_style="bold underline",
     )
     for name in ("#", "mode", "in", "out", "queue", "prefill", "transf", "decode", "= TTFT", "TPOT", "acc", "workers"):
         table.add_column(name, justify="left" if name in ("mode", "workers") else "right", no_wrap=True)
@@ -119,7 +122,7 @@ def _table(exchanges: list[Exchange]) -> Table:
             " ".join(_short(worker) for worker in workers),
         )
     table.caption = (
-        "queue + prefill + transfer + first decode = TTFT; acc: accepted draft tokens per verify;\n"
+        "\nqueue + prefill + transfer + first decode = TTFT; acc: draft tokens accepted a step\n"
         "workers: p prefill (- in place), d draft (- none), v verify"
     )
     table.caption_justify = "left"
