@@ -177,7 +177,7 @@ def test_up_with_a_truncated_model_leaves_nothing(operator: Operator, tmp_path: 
     operator.write(target={"path": str(broken)})
     done = operator.run("up", "-c", str(operator.config))
     assert done.returncode == 1
-    assert "is truncated or not a safetensors file" in done.stderr.replace("\n", "")
+    assert "is truncated or not a safetensors file" in " ".join(done.stderr.split())
     assert "no cluster 'test' is up" in operator.run("down", "--name", "test").stderr
 
 
@@ -185,7 +185,7 @@ def test_up_with_a_port_in_use(up: Operator, operator: Operator) -> None:
     operator.write(name="other", router={"port": up.port})
     done = operator.run("up", "-c", str(operator.config))
     assert done.returncode == 1
-    assert "is the port in use?" in done.stderr.replace("\n", " ")
+    assert "is the port in use?" in " ".join(done.stderr.split())
     assert "no cluster 'other' is up" in operator.run("down", "--name", "other").stderr
 
 
