@@ -1,9 +1,8 @@
 """One try at serving a request: its conversations with the workers that were chosen for it."""
 
-import asyncio
-from collections import deque
 from typing import TypeVar
 
+from router.inbox import Inbox
 from router.pools_view import Conversation, Heard, PoolsView, WorkerConnection, WorkerLost
 from tidemill.core.messages import Command, Event, Failed, Failure, Refusal, Refused, Tokens
 from tidemill.core.model import Request, WorkerId, WorkerSnapshot
@@ -37,9 +36,8 @@ class Attempt:
     def __init__(self, request: Request, pools: PoolsView) -> None:
         self.request = request
         self._pools = pools
-        # One event a step of one request, whose steps are bounded by its context.
-        self._heard: asyncio.Queue[Heard] = asyncio.Queue()
-        self._put_back: deque[Event] = deque()
+        # Bounded by the request itself: one event a step, and no more steps than its context has tokens.
+        self._heard: Inbox[Heard] = Inbox()
         self._open: list[Conversation] = []
 
     def tell(self, worker: WorkerSnapshot, command: Command) -> None:
@@ -53,29 +51,36 @@ class Attempt:
 
     async def next(self, timeout_s: float, blame: WorkerSnapshot) -> Event:
         """The next event. Raises AttemptRefused or AttemptFailed; `blame` is who failed if nothing comes in time."""
-        return self._put_back.popleft() if self._put_back else await self._hear(timeout_s, blame)
+        return _checked(*await self._hear(timeout_s, blame))
 
     async def expect(self, kind: type[Kind], timeout_s: float, blame: WorkerSnapshot) -> Kind:
-        """The next event of a kind; others, which another worker was quicker with, are kept for `next`."""
-        while not isinstance(event := await self._hear(timeout_s, blame), kind):
-            self._put_back.append(event)
-        return event
+        """The next event of a kind; others, which another worker was quicker with, are kept. Raises as `next` does."""
+        early: list[Heard] = []
+        while True:
+            worker, event = await self._hear(timeout_s, blame)
+            if isinstance(event := _checked(worker, event), kind):
+                for heard in reversed(early):
+                    self._heard.put_back(heard)
+                return event
+            early.append((worker, event))
 
-    async def _hear(self, timeout_s: float, blame: WorkerSnapshot) -> Event:
+    async def _hear(self, timeout_s: float, blame: WorkerSnapshot) -> Heard:
         try:
-            async with asyncio.timeout(timeout_s):
-                worker, event = await self._heard.get()
+            return await self._heard.get(timeout_s)
         except TimeoutError:
             raise AttemptFailed(blame.peer.id, TIMEOUT, f"nothing came within {timeout_s:.1f} s") from None
-        return _checked(worker, event)
 
     def more_tokens(self) -> list[Tokens]:
-        """Tokens that have come meanwhile, so that a slow client gets fewer and larger chunks."""
+        """Tokens that have come meanwhile, so that a slow client gets fewer and larger chunks.
+
+        Whatever else comes behind them, a failure too, is left for `next`: it must not cost the tokens before it.
+        """
         found: list[Tokens] = []
-        while not self._put_back and not self._heard.empty():
-            event = _checked(*self._heard.get_nowait())
-            if isinstance(event, Tokens):
-                found.append(event)
+        while (heard := self._heard.take()) is not None:
+            if not isinstance(heard[1], Tokens):
+                self._heard.put_back(heard)
+                break
+            found.append(heard[1])
         return found
 
     def leave(self, worker: WorkerSnapshot | None) -> None:
@@ -85,10 +90,11 @@ class Attempt:
             self._open.remove(conversation)
 
     def close(self, finish: FinishReason | None) -> None:
-        """Tell every worker that may still hold something; after a regular finish none does but the prefill worker."""
+        """Hear no more. Unless the request finished, all its workers are told to drop what they may still hold."""
         for conversation in self._open:
             conversation.close(cancel=finish is None)
         self._open.clear()
+        self._heard.close()
 
 
 def _checked(worker: WorkerConnection, event: Event) -> Event:

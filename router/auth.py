@@ -1,6 +1,7 @@
 """Who may call: TLS for the channel, a bearer token for the caller."""
 
 import hmac
+import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,12 @@ def server_credentials(settings: RouterSettings) -> grpc.ServerCredentials | Non
     try:
         pair = (settings.tls.key.read_bytes(), settings.tls.certificate.read_bytes())
         ca = settings.tls.client_ca.read_bytes() if settings.tls.client_ca else None
+        # gRPC would only say that it cannot listen.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(settings.tls.certificate, settings.tls.key)
+    except ssl.SSLError as error:
+        raise SettingsError(
+            f"{settings.tls.certificate} and {settings.tls.key}: not a PEM certificate and its key: {error.reason}"
+        ) from error
     except OSError as error:
         raise SettingsError(f"{error.filename}: cannot be read: {error.strerror}") from error
     return grpc.ssl_server_credentials([pair], ca, require_client_auth=ca is not None)

@@ -60,7 +60,7 @@ class Gate:
             if turn.done() and not turn.cancelled():  # woken and cancelled in the same moment: pass the turn on
                 self._active -= 1
                 self._wake()
-            else:
+            elif turn in self._waiting:  # `_wake` may have dropped it already
                 self._waiting.remove(turn)
             self._count()
             raise

@@ -24,6 +24,9 @@ class Journey:
     avoid: set[WorkerId] = field(default_factory=set)  # workers that failed it
     refused: set[WorkerId] = field(default_factory=set)  # workers without room at the moment
     attempts: int = 0
+    pauses: int = 0  # in a row, without a place
+    without_place_since: float = 0.0
+    kv_from: WorkerId | None = None  # the prefill worker whose KV is on its way
     failures: int = 0
     split_reason: str = ""
     prefill_worker: str = ""
@@ -49,13 +52,13 @@ class Journey:
 
     def prefilled(self, event: Prefilled | None, now: float) -> None:
         """The prompt's KV is computed; None if the verify worker had all of it."""
-        self.prefill_s = event.prefill_s if event else 0.0
+        self.prefill_s = min(event.prefill_s, now - self.arrived_at) if event else 0.0
         self.computing_done_at = now
 
     def took(self, event: Tokens, now: float) -> None:
         """Count a step's tokens, which are about to be sent."""
-        if not self.sent and event.first is not None:
-            self._first_token(event.first, now)
+        if not self.sent:
+            self._first_token(event.first or FirstToken(0.0, 0.0, 0.0), now)
         self.sent += event.tokens
         self.last_at = now
         self.verify_steps += 1

@@ -7,16 +7,18 @@ opened again, with growing pauses, for as long as it stays a member.
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 
 import grpc
 
+from router.inbox import Inbox
 from tidemill.core import control_pb2 as pb
 from tidemill.core import wire
 from tidemill.core.clock import Clock
 from tidemill.core.control_pb2_grpc import WorkerStub
-from tidemill.core.messages import Cancel, Command, Event, Failed, Failure, Prefill, StepReport
+from tidemill.core.messages import Cancel, Command, Event, Failed, Failure, Prefill, Prefilled, StepReport
 from tidemill.core.model import Member, Peer, PoolSnapshot, Role, WorkerLoad, WorkerSnapshot
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,16 @@ class WorkerLost(Exception):
     """The stream to a worker ended; what it held for this router is gone."""
 
 
+Attach = Callable[[str, AsyncIterator[pb.Command]], AsyncGenerator[pb.StepReport, None]]
+
+
+async def attach(address: str, commands: AsyncIterator[pb.Command]) -> AsyncGenerator[pb.StepReport, None]:
+    """The stream to a worker, over a channel of its own. Raises AioRpcError when it breaks."""
+    async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
+        async for report in WorkerStub(channel).Attach(commands):
+            yield report
+
+
 # What a request hears, from whichever of its workers: (worker, event).
 Heard = tuple["WorkerConnection", Event]
 
@@ -46,8 +58,9 @@ class Conversation:
 
     worker: "WorkerConnection"
     request_id: str
-    heard: asyncio.Queue[Heard]
-    prompt_tokens: int = 0  # counted as load until they are computed
+    heard: Inbox[Heard]
+    is_load: bool = True  # a prefill worker that has done its part is still heard, but carries nothing
+    prompt_tokens: int = 0  # still to be computed
 
     def send(self, command: Command) -> None:
         """Never blocks. Raises WorkerLost."""
@@ -63,16 +76,20 @@ class Conversation:
 class WorkerConnection:
     """One worker incarnation. All of this runs on the router's event loop."""
 
-    def __init__(self, member: Member, clock: Clock) -> None:
+    def __init__(self, member: Member, clock: Clock, on_cancelled: Callable[[float], None], attach: Attach) -> None:
+        """`on_cancelled` hears how many seconds it took to tell the worker of a cancellation."""
         self.peer = member.peer
         self.role = member.role
         self.accepting = False
         self.load = WorkerLoad()
         self.heard_at = float("-inf")
         self._clock = clock
+        self._on_cancelled = on_cancelled
+        self._attach = attach
         self._conversations: dict[str, Conversation] = {}
-        # None while there is no stream. Holds a few commands for each active request, whose number is bounded.
-        self._commands: asyncio.Queue[Command] | None = None
+        # None while there is no stream. Holds a few commands for each active request, whose number is bounded, and
+        # when each was put there.
+        self._commands: asyncio.Queue[tuple[Command, float]] | None = None
         self._task = asyncio.create_task(self._keep_open(), name=f"worker-{member.peer.id}")
 
     @property
@@ -80,14 +97,15 @@ class WorkerConnection:
         return self._commands is not None
 
     def snapshot(self) -> WorkerSnapshot:
-        tokens = sum(each.prompt_tokens for each in self._conversations.values())
-        return WorkerSnapshot(self.peer, self.role, self.load, len(self._conversations), tokens)
+        carried = [each for each in self._conversations.values() if each.is_load]
+        tokens = sum(each.prompt_tokens for each in carried)
+        return WorkerSnapshot(self.peer, self.role, self.load, len(carried), tokens)
 
     def usable(self, now: float) -> bool:
         """True if new requests may go there."""
         return self.connected and self.accepting and now - self.heard_at < STALE_AFTER_S
 
-    def open(self, request_id: str, heard: asyncio.Queue[Heard]) -> Conversation:
+    def open(self, request_id: str, heard: Inbox[Heard]) -> Conversation:
         """Start to hear of a request; everything about it is put into `heard`."""
         conversation = Conversation(self, request_id, heard)
         self._conversations[request_id] = conversation
@@ -96,13 +114,13 @@ class WorkerConnection:
     def send(self, command: Command) -> None:
         if self._commands is None:
             raise WorkerLost(f"{self.peer.id} is not connected")
-        self._commands.put_nowait(command)
+        self._commands.put_nowait((command, self._clock.monotonic()))
 
     def close_conversation(self, conversation: Conversation, *, cancel: bool) -> None:
         if self._conversations.get(conversation.request_id) is conversation:
             del self._conversations[conversation.request_id]
-            if cancel and self._commands is not None:
-                self._commands.put_nowait(Cancel(conversation.request_id))
+            if cancel and self._commands is not None:  # a worker whose stream ended has dropped everything itself
+                self.send(Cancel(conversation.request_id))
 
     async def close(self) -> None:
         self._task.cancel()
@@ -114,9 +132,9 @@ class WorkerConnection:
         while True:
             why = "its stream ended"
             try:
-                async with grpc.aio.insecure_channel(self.peer.address, options=OPTIONS) as channel:
-                    self._commands = asyncio.Queue()
-                    async for message in WorkerStub(channel).Attach(self._outgoing(self._commands)):
+                self._commands = asyncio.Queue()
+                async with aclosing(self._attach(self.peer.address, self._outgoing(self._commands))) as reports:
+                    async for message in reports:
                         self._take(wire.report_from_pb(message))
                         pause_s = RETRY_S
             except grpc.aio.AioRpcError as error:
@@ -128,9 +146,12 @@ class WorkerConnection:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, MAX_RETRY_S)
 
-    async def _outgoing(self, commands: "asyncio.Queue[Command]") -> AsyncIterator[pb.Command]:
+    async def _outgoing(self, commands: "asyncio.Queue[tuple[Command, float]]") -> AsyncIterator[pb.Command]:
         while True:
-            yield wire.command_to_pb(await commands.get())
+            command, put_at = await commands.get()
+            yield wire.command_to_pb(command)
+            if isinstance(command, Cancel):  # gRPC asks for the next when this one has left
+                self._on_cancelled(self._clock.monotonic() - put_at)
 
     def _take(self, report: StepReport) -> None:
         self.heard_at = self._clock.monotonic()
@@ -140,7 +161,9 @@ class WorkerConnection:
         for event in report.events:
             conversation = self._conversations.get(event.request_id)
             if conversation is not None:
-                conversation.heard.put_nowait((self, event))
+                if isinstance(event, Prefilled):
+                    conversation.is_load = False
+                conversation.heard.put((self, event))
 
     def _become(self, report: StepReport) -> None:
         """The worker changed its role, or is another incarnation behind the same address: all it held is gone."""
@@ -157,14 +180,19 @@ class WorkerConnection:
 
     def _fail_all(self, failure: Failure, detail: str) -> None:
         for conversation in list(self._conversations.values()):
-            conversation.heard.put_nowait((self, Failed(conversation.request_id, failure, detail)))
+            conversation.heard.put((self, Failed(conversation.request_id, failure, detail)))
 
 
 class PoolsView:
     """All members."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(
+        self, clock: Clock, on_cancelled: Callable[[float], None] = lambda _: None, attach: Attach = attach
+    ) -> None:
+        """See WorkerConnection. `attach` is for tests without a network."""
         self._clock = clock
+        self._on_cancelled = on_cancelled
+        self._attach = attach
         self._workers: dict[str, WorkerConnection] = {}
 
     async def set_members(self, members: Sequence[Member]) -> None:
@@ -174,7 +202,7 @@ class PoolsView:
             await self._workers.pop(address).close()
         for address, member in wanted.items():
             if address not in self._workers:
-                self._workers[address] = WorkerConnection(member, self._clock)
+                self._workers[address] = WorkerConnection(member, self._clock, self._on_cancelled, self._attach)
 
     def snapshot(self) -> PoolSnapshot:
         """The workers that can take requests now."""

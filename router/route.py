@@ -9,17 +9,18 @@
     7 finish     whatever any worker still holds is released, whether the request finished, failed or was cancelled
 
 A worker that fails, at whatever stage, costs the request a new attempt elsewhere from the tokens already sent. Being
-cancelled (the client left, its deadline passed) is an exception like any other: `finally` tells every worker at once.
+cancelled (the client left, or server.py ends a request whose deadline passed) is an exception like any other: `finally`
+tells every worker at once.
 """
 
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Set
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from router.attempt import Attempt, AttemptFailed, AttemptRefused
+from router.attempt import TIMEOUT, Attempt, AttemptFailed, AttemptRefused
 from router.gate import Gate
 from router.journey import Journey
 from router.policy.placement import place
@@ -28,15 +29,17 @@ from router.pools_view import PoolsView
 from tidemill.core import metrics
 from tidemill.core.clock import Clock
 from tidemill.core.lifecycle import RequestState
-from tidemill.core.messages import Lease, LeaseGranted, Prefill, Prefilled, Refusal, Reserve, Submit, Tokens
+from tidemill.core.messages import Failure, Lease, LeaseGranted, Prefill, Prefilled, Refusal, Reserve, Submit, Tokens
 from tidemill.core.metrics import Metrics
-from tidemill.core.model import PoolSnapshot, Request, Role, WorkerSnapshot
+from tidemill.core.model import PoolSnapshot, Request, Role, WorkerId, WorkerSnapshot
 from tidemill.core.settings import Settings
-from tidemill.errors import DeadlineExceeded, InvalidRequest, Overloaded, Unavailable
+from tidemill.errors import InvalidRequest, Overloaded, TidemillError, Unavailable
 
 log = logging.getLogger(__name__)
 
-REFUSED_PAUSE_S = 0.02
+FIRST_PAUSE_S, MAX_PAUSE_S = 0.02, 0.5
+# What the prefill worker may be to blame for as well as the verify worker it was sending to.
+HANDOVER_FAILURES = frozenset({Failure.KV_LINK, Failure.LEASE_EXPIRED, TIMEOUT})
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +90,14 @@ class Router:
         """Waits for a verify worker if there is none at the moment."""
         while True:
             snapshot = self._pools.snapshot()
-            verify = self._choose(snapshot, Role.VERIFY, journey)
+            verify = self._choose(snapshot, Role.VERIFY, journey.refused, journey.avoid)
             if verify is not None:
                 break
-            journey.refused.clear()
-            self._check_patience(journey, Unavailable("no verify worker can be reached; see `tidemill status`"))
-            await asyncio.sleep(REFUSED_PAUSE_S)
+            await self._pause(journey, Unavailable("no verify worker can be reached; see `tidemill status`"))
         elsewhere = split(snapshot, request, self._settings.split.min_prefill_tokens)
         self._metrics.add(metrics.DECISIONS, policy="split", reason=elsewhere.reason)
-        prefill = self._choose(snapshot, Role.PREFILL, journey) if elsewhere.choice else None
-        draft = self._choose(snapshot, Role.DRAFT, journey) if self._settings.speculation.enabled else None
+        prefill = self._choose(snapshot, Role.PREFILL, journey.refused | journey.avoid) if elsewhere.choice else None
+        draft = self._choose(snapshot, Role.DRAFT, journey.avoid) if self._settings.speculation.enabled else None
         journey.lifecycle.move(RequestState.PLACED)
         journey.split_reason = elsewhere.reason if prefill or not elsewhere.choice else SplitReason.NO_PREFILL_WORKERS
         journey.verify_worker = str(verify.peer.id)
@@ -104,8 +105,10 @@ class Router:
         journey.draft_worker = str(draft.peer.id) if draft else ""
         return Placement(verify, prefill, draft)
 
-    def _choose(self, snapshot: PoolSnapshot, role: Role, journey: Journey) -> WorkerSnapshot | None:
-        decision = place(snapshot, role, journey.avoid | journey.refused, self._rng)
+    def _choose(
+        self, snapshot: PoolSnapshot, role: Role, avoid: set[WorkerId], last_resort: Set[WorkerId] = frozenset()
+    ) -> WorkerSnapshot | None:
+        decision = place(snapshot, role, avoid, self._rng, last_resort)
         self._metrics.add(metrics.DECISIONS, policy="placement", reason=decision.reason)
         return decision.choice
 
@@ -118,8 +121,9 @@ class Router:
         deadlines = self._settings.deadlines
         drafter = placement.draft.peer if placement.draft else None
         attempt.tell(placement.verify, Reserve(attempt.request, deadlines.lease_s, drafter))
-        granted = await attempt.expect(LeaseGranted, self._left(journey, deadlines.reserve_s), placement.verify)
+        granted = await attempt.expect(LeaseGranted, deadlines.reserve_s, placement.verify)
         journey.lifecycle.move(RequestState.RESERVED)
+        journey.pauses = 0
         return granted.lease
 
     async def _prefill(self, journey: Journey, attempt: Attempt, placement: Placement, lease: Lease) -> None:
@@ -128,8 +132,8 @@ class Router:
         done: Prefilled | None = None
         if lease.first_block < lease.end_block:
             attempt.tell(placement.prefill, Prefill(attempt.request, lease))
-            patience_s = self._left(journey, self._settings.deadlines.prefill_s)
-            done = await attempt.expect(Prefilled, patience_s, placement.prefill)
+            journey.kv_from = placement.prefill.peer.id
+            done = await attempt.expect(Prefilled, self._settings.deadlines.prefill_s, placement.prefill)
         journey.lifecycle.move(RequestState.PREFILLED)
         journey.prefilled(done, self._clock.monotonic())
 
@@ -141,12 +145,13 @@ class Router:
         patience_s = deadlines.transfer_s if placement.prefill else deadlines.prefill_s
         slo_class = journey.request.slo_class
         while journey.finish is None:
-            event = await attempt.next(self._left(journey, patience_s), placement.verify)
+            event = await attempt.next(patience_s, placement.verify)
             if not isinstance(event, Tokens):
                 continue  # a late word of the prefill worker
             if journey.lifecycle.state is not RequestState.DECODING:
                 journey.lifecycle.move(RequestState.DECODING)
                 attempt.leave(placement.prefill)  # its part is done: it may go now
+                journey.kv_from, journey.pauses = None, 0
             steps = [event, *attempt.more_tokens()]
             now = self._clock.monotonic()
             if journey.sent:
@@ -158,24 +163,8 @@ class Router:
             yield steps
             patience_s = deadlines.token_s
 
-    def _left(self, journey: Journey, stage_s: float) -> float:
-        """Seconds this stage may take. Raises DeadlineExceeded if the request's own time is over."""
-        left = journey.deadline - self._clock.monotonic()
-        if left <= 0:
-            raise DeadlineExceeded(
-                f"the deadline passed after {len(journey.sent)} tokens, in state {journey.lifecycle.state}"
-            )
-        return min(stage_s, left)
-
-    def _check_patience(self, journey: Journey, error: Exception) -> None:
-        """Raise `error` once a request without a place has waited as long as a reservation may take."""
-        self._left(journey, 1.0)
-        if self._clock.monotonic() - max(journey.arrived_at, journey.last_at) > self._settings.deadlines.reserve_s:
-            raise error
-
     async def _try_another(self, journey: Journey, refusal: AttemptRefused) -> None:
         """A worker without room is passed over until all have been asked; then the request waits a moment."""
-        journey.refused.add(refusal.worker)
         if refusal.reason is Refusal.TOO_LONG:
             tokens = len(journey.request.prompt) + len(journey.sent)
             raise InvalidRequest(
@@ -183,16 +172,32 @@ class Router:
                 "or raise engine.kv_blocks"
             )
         self._metrics.add(metrics.RETRIES, failure=refusal.reason)
-        self._check_patience(journey, Overloaded(f"every worker is full ({refusal.reason}); try again after a pause"))
-        if not any(w.peer.id not in journey.refused for w in self._pools.snapshot().of(Role.VERIFY)):
-            journey.refused.clear()
-            await asyncio.sleep(REFUSED_PAUSE_S)
+        journey.refused.add(refusal.worker)
+        if all(worker.peer.id in journey.refused for worker in self._pools.snapshot().of(Role.VERIFY)):
+            full = Overloaded(f"every worker is full ({refusal.reason}); try again after a pause")
+            await self._pause(journey, full)
+
+    async def _pause(self, journey: Journey, error: TidemillError) -> None:
+        """Then ask everyone again. Pauses grow, so that many waiting requests do not keep the router busy; `error` is
+        raised once a request without a place has waited as long as a reservation may take.
+        """
+        now = self._clock.monotonic()
+        if journey.pauses == 0:
+            journey.without_place_since = now
+        elif now - journey.without_place_since > self._settings.deadlines.reserve_s:
+            raise error
+        longest_s = min(FIRST_PAUSE_S * 2 ** min(journey.pauses, 10), MAX_PAUSE_S)
+        journey.pauses += 1
+        journey.refused.clear()
+        await asyncio.sleep(longest_s * self._rng.uniform(0.5, 1.0))
 
     def _try_again(self, journey: Journey, failure: AttemptFailed) -> None:
         """Raises Unavailable when the request has failed too often."""
-        self._left(journey, 1.0)
         journey.failures += 1
         journey.avoid.add(failure.worker)
+        if journey.kv_from is not None and failure.failure in HANDOVER_FAILURES:
+            journey.avoid.add(journey.kv_from)
+        journey.kv_from = None
         self._metrics.add(metrics.RETRIES, failure=failure.failure)
         log.warning("request %s, after %d tokens: %s", journey.request.id, len(journey.sent), failure)
         if journey.failures > self._settings.router.max_retries:

@@ -1,10 +1,12 @@
 """What the router needs of the served model's folder: tokenizer, chat template, sizes."""
 
 import json
+from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from tidemill.core.settings import ModelSettings
@@ -21,7 +23,7 @@ class ServedModel:
         self.tokenizer = load_tokenizer(settings.path)
         config = _read_json(settings.path / "config.json")
         self._tokenizer_config = _read_json(settings.path / "tokenizer_config.json")
-        self._template = self._chat_template(settings.path)
+        self._template = _compiled(self._chat_template(settings.path))
         self.card = ModelCard(
             settings.served_name,
             min(int(config["max_position_embeddings"]), max_context),
@@ -34,35 +36,59 @@ class ServedModel:
         if separate.is_file():
             return separate.read_text(encoding="utf-8")
         template = self._tokenizer_config.get("chat_template")
+        if isinstance(template, list):  # several under names
+            named = {each["name"]: each["template"] for each in template}
+            template = named.get("default")
         return template if isinstance(template, str) else None
 
     def encode(self, text: str) -> list[int]:
         """With the special tokens the model expects around a prompt."""
-        return list(self.tokenizer.encode(text).ids)
+        return self._ids(text, special=True)
 
     def encode_chat(self, messages: list[Message]) -> list[int]:
         """Raises InvalidRequest if the model has no template, or the template does not take these messages."""
         if self._template is None:
             raise InvalidRequest(f"model {self.card.name!r} has no chat template; use Generate")
 
-        def refuse(message: str) -> None:
-            raise InvalidRequest(f"the chat template refuses these messages: {message}")
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
         try:
-            text = environment.from_string(self._template).render(
+            text = self._template.render(
                 messages=[{"role": each.role, "content": each.content} for each in messages],
                 add_generation_prompt=True,
                 bos_token=_text_of(self._tokenizer_config.get("bos_token")),
                 eos_token=_text_of(self._tokenizer_config.get("eos_token")),
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise InvalidRequest(f"the chat template cannot lay out these messages: {error}") from error
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._ids(text, special=False)
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        """A batch of one: unlike `encode`, it lets other threads run, and keeps no offsets."""
+        return list(self.tokenizer.encode_batch_fast([text], add_special_tokens=special)[0].ids)
 
     def text_stream(self, stop: tuple[str, ...]) -> TextStream:
         return TextStream(self.tokenizer, stop)
+
+
+def _compiled(template: str | None) -> Template | None:
+    """With what Hugging Face templates use. They come with the model, hence the sandbox. Raises TokenizerError."""
+
+    def refuse(message: str) -> None:
+        raise InvalidRequest(f"the chat template refuses these messages: {message}")
+
+    def today(layout: str) -> str:
+        return datetime.now().strftime(layout)
+
+    if template is None:
+        return None
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.globals |= {"raise_exception": refuse, "strftime_now": today}
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes for HTML
+    try:
+        return environment.from_string(template)
+    except TemplateError as error:
+        raise TokenizerError(f"the model's chat template cannot be compiled: {error}") from error
 
 
 def _text_of(token: Any) -> str:

@@ -1,5 +1,6 @@
 """Requests that are no protobuf of their type get INVALID_ARGUMENT instead of gRPC's UNKNOWN."""
 
+import inspect
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -31,10 +32,14 @@ class WellFormed(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             await _check(request, context)
             return await handler.unary_unary(request, context)
 
-        async def stream(request: Any, context: Any) -> Any:
+        async def stream(request: Any, context: Any) -> None:
             await _check(request, context)
-            async for message in handler.unary_stream(request, context):
-                yield message
+            answer = handler.unary_stream(request, context)
+            if inspect.isawaitable(answer):  # it writes to the call itself
+                await answer
+                return
+            async for message in answer:
+                await context.write(message)
 
         if handler.response_streaming:
             return grpc.unary_stream_rpc_method_handler(stream, parse, handler.response_serializer)

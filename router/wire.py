@@ -17,6 +17,7 @@ from tidemill.types import FinishReason, Message, ModelCard, SamplingParams, Sum
 MAX_LOGPROBS = 20
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 MAX_ID_LENGTH = 128
+MAX_SHOWN = 64
 CHAT_ROLES = ("system", "user", "assistant")
 
 _FINISH = {
@@ -33,11 +34,16 @@ _OPTIONAL = (
 def check_model(asked: str, card: ModelCard) -> None:
     """Raises ModelNotFound."""
     if asked and asked != card.name:
-        raise ModelNotFound(f"model {asked!r} is not served here; {card.name!r} is")
+        raise ModelNotFound(f"model {_shown(asked)} is not served here; {card.name!r} is")
 
 
-def sampling_from_pb(message: pb.SamplingParams, card: ModelCard) -> SamplingParams:
-    """Checked parameters with a seed. Raises InvalidRequest."""
+def _shown(text: str) -> str:
+    """What a client sent, as an error may repeat it: status messages travel in headers, which are small."""
+    return repr(text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "...")
+
+
+def sampling_from_pb(message: pb.SamplingParams, card: ModelCard, prompt_tokens: int) -> SamplingParams:
+    """Checked parameters, with a seed, and no more tokens than the context has room for. Raises InvalidRequest."""
     given = {name: getattr(message, name) for name in _OPTIONAL if message.HasField(name)}  # type: ignore[arg-type]
     sampling = SamplingParams(
         **given,
@@ -46,9 +52,10 @@ def sampling_from_pb(message: pb.SamplingParams, card: ModelCard) -> SamplingPar
     )
     for fault in _sampling_faults(sampling, card):
         raise InvalidRequest(fault)
-    if sampling.seed is None:
-        sampling = replace(sampling, seed=secrets.randbits(63) if sampling.temperature > 0 else 0)
-    return sampling
+    seed = sampling.seed
+    if seed is None:
+        seed = secrets.randbits(63) if sampling.temperature > 0 else 0
+    return replace(sampling, seed=seed, max_tokens=min(sampling.max_tokens, card.context_length - prompt_tokens))
 
 
 def _sampling_faults(s: SamplingParams, card: ModelCard) -> Iterable[str]:
@@ -107,7 +114,7 @@ def new_request(
     check_id(request_id)
     name = slo_class or "default"
     if name not in classes:
-        raise InvalidRequest(f"slo_class {name!r} is not in the settings; there are {', '.join(classes)}")
+        raise InvalidRequest(f"slo_class {_shown(name)} is not in the settings; there are {', '.join(classes)}")
     return Request(request_id or secrets.token_hex(8), tuple(prompt), sampling, (), name)
 
 
@@ -118,7 +125,9 @@ def messages_from_pb(messages: Iterable[pb.Message]) -> list[Message]:
         raise InvalidRequest("messages is empty; send at least one message")
     for message in found:
         if message.role not in CHAT_ROLES:
-            raise InvalidRequest(f"message role {message.role!r} is unknown; expected one of {', '.join(CHAT_ROLES)}")
+            raise InvalidRequest(
+                f"message role {_shown(message.role)} is unknown; expected one of {', '.join(CHAT_ROLES)}"
+            )
     return found
 
 
@@ -141,6 +150,15 @@ def chunk_to_pb(text: str, steps: Sequence[Tokens]) -> pb.GenerateChunk:
         if step.logprobs:
             chunk.logprobs.extend(logprobs_to_pb(step.logprobs))
     return chunk
+
+
+def response_to_pb(chunks: Sequence[pb.GenerateChunk]) -> pb.GenerateResponse:
+    """A whole answer from its stream; the last chunk has the summary."""
+    answer = pb.GenerateResponse(text="".join([chunk.text for chunk in chunks]), summary=chunks[-1].summary)
+    for chunk in chunks:
+        answer.tokens.extend(chunk.tokens)
+        answer.logprobs.extend(chunk.logprobs)
+    return answer
 
 
 def summary_to_pb(summary: Summary) -> pb.Summary:

@@ -27,6 +27,7 @@ from tidemill.types import (
 Prompt = str | Sequence[int]
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.05, 2.0
+HEALTH_METHOD, HEALTH_REQUEST = "/grpc.health.v1.Health/Check", b""  # of the server as a whole
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 _FINISH = {
@@ -168,6 +169,14 @@ def completion_from_pb(message: pb.GenerateResponse) -> Completion:
     return Completion(
         message.text, tuple(message.tokens), _logprobs(message.logprobs), summary_from_pb(message.summary)
     )
+
+
+def is_serving(answer: bytes) -> bool:
+    """Reads a grpc.health.v1.HealthCheckResponse, whose one field is `status = 1`; SERVING is 1.
+
+    By hand, because the health protocol's Python package is one more dependency for every application.
+    """
+    return answer == b"\x08\x01"
 
 
 def model_card_from_pb(message: pb.ModelCard) -> ModelCard:

@@ -43,6 +43,7 @@ class AsyncClient:
         else:
             self._channel = grpc.aio.secure_channel(address, tls.credentials(), options=self._options.channel_options)
         self._stub = InferenceStub(self._channel)  # the stub's methods return awaitables on an asyncio channel
+        self._health = self._channel.unary_unary(_call.HEALTH_METHOD, bytes, _call.is_serving)
 
     async def __aenter__(self) -> "AsyncClient":
         return self
@@ -126,6 +127,16 @@ class AsyncClient:
         """What this router serves."""
         answer = await self._unary(self._stub.ListModels, pb.ListModelsRequest(), None)
         return [_call.model_card_from_pb(each) for each in answer.models]
+
+    async def health(self) -> bool:
+        """True if requests would be served now: the router is there and a verify worker is connected. Asks once."""
+        try:
+            serving: bool = await self._health(_call.HEALTH_REQUEST, timeout=self._options.timeout_s)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                return False
+            raise _call.error_of(error) from error
+        return serving
 
     def _timeout(self, timeout: float | None) -> float | None:
         return self._options.timeout_s if timeout is None else timeout

@@ -43,6 +43,7 @@ class Client:
         else:
             self._channel = grpc.secure_channel(address, tls.credentials(), options=self._options.channel_options)
         self._stub = InferenceStub(self._channel)
+        self._health = self._channel.unary_unary(_call.HEALTH_METHOD, bytes, _call.is_serving)
 
     def __enter__(self) -> "Client":
         return self
@@ -126,6 +127,16 @@ class Client:
         """What this router serves."""
         answer = self._unary(self._stub.ListModels, pb.ListModelsRequest(), None)
         return [_call.model_card_from_pb(each) for each in answer.models]
+
+    def health(self) -> bool:
+        """True if requests would be served now: the router is there and a verify worker is connected. Asks once."""
+        try:
+            serving: bool = self._health(_call.HEALTH_REQUEST, timeout=self._options.timeout_s)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                return False
+            raise _call.error_of(error) from error
+        return serving
 
     def _timeout(self, timeout: float | None) -> float | None:
         return self._options.timeout_s if timeout is None else timeout

@@ -1,5 +1,8 @@
 """Makes the engine a role needs: target weights for prefill and verify, the draft model for draft."""
 
+import threading
+from collections.abc import Callable
+
 import torch
 
 from tidemill.core.model import Role
@@ -9,6 +12,8 @@ from workers.engine.base import Engine
 from workers.engine.emulated import EmulatedEngine
 from workers.engine.native.config import read_config
 from workers.engine.native.engine import NativeEngine
+
+EngineFactory = Callable[[Settings, Role], Engine]
 
 
 def make_engine(settings: Settings, role: Role) -> Engine:
@@ -22,3 +27,25 @@ def make_engine(settings: Settings, role: Role) -> Engine:
         config = read_config(model.path)
         return EmulatedEngine(settings.engine, config.vocab_size, config.context_length, tokenizer)
     return NativeEngine.from_folder(model.path, settings.engine)
+
+
+class Engines:
+    """A worker's engines. Prefill and verify share the target's; what was loaded once stays."""
+
+    def __init__(self, settings: Settings, factory: EngineFactory = make_engine) -> None:
+        self._settings = settings
+        self._factory = factory
+        self._lock = threading.Lock()
+        self._loaded: dict[bool, Engine] = {}  # by whether it is the draft model's
+
+    def has(self, role: Role) -> bool:
+        """True if `of` would not have to load anything."""
+        return (role is Role.DRAFT) in self._loaded
+
+    def of(self, role: Role) -> Engine:
+        """Loads it if need be, and then raises what the factory raises. Only the engine's thread may use it."""
+        is_draft = role is Role.DRAFT
+        with self._lock:
+            if is_draft not in self._loaded:
+                self._loaded[is_draft] = self._factory(self._settings, role)
+            return self._loaded[is_draft]

@@ -2,14 +2,12 @@
 
 import logging
 import queue
-import threading
 from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
 Task = Callable[[], None]
 MAX_TASKS = 8192
-MAX_ARRIVALS = 8
 
 
 class MailboxFull(RuntimeError):
@@ -17,39 +15,40 @@ class MailboxFull(RuntimeError):
 
 
 class Mailbox:
-    """A bounded queue of calls. What may be refused is posted, what may be delayed waits for its turn."""
+    """A queue of calls with a bound for what asks for something; what ends or frees something always gets in."""
 
-    def __init__(self) -> None:
-        self._queue: queue.Queue[Task] = queue.Queue(MAX_TASKS)
-        self._arrivals = threading.BoundedSemaphore(MAX_ARRIVALS)
+    def __init__(self, limit: int = MAX_TASKS) -> None:
+        self._queue: queue.SimpleQueue[Task] = queue.SimpleQueue()
+        self._limit = limit
 
     def post(self, task: Task) -> None:
-        """Never blocks. Raises MailboxFull."""
-        try:
-            self._queue.put_nowait(task)
-        except queue.Full:
-            raise MailboxFull(f"{MAX_TASKS} messages wait for the engine") from None
+        """For requests. Never blocks. Raises MailboxFull."""
+        if self._queue.qsize() >= self._limit:
+            raise MailboxFull(f"{self._limit} messages wait for the engine")
+        self._queue.put(task)
 
-    def post_arrival(self, task: Task) -> None:
-        """For KV from links: blocks while too many wait, which slows the sender down."""
-        self._arrivals.acquire()
-
-        def once() -> None:
-            self._arrivals.release()
-            task()
-
-        self._queue.put(once)
+    def deliver(self, task: Task) -> None:
+        """For ends, answers and KV: never refused, since their number is bounded by what was asked for or is held."""
+        self._queue.put(task)
 
     def run(self, wait_s: float) -> int:
-        """Run everything that is here, after waiting up to `wait_s` for the first; returns how many."""
-        done = 0
-        while True:
-            try:
-                task = self._queue.get(timeout=wait_s) if not done and wait_s > 0 else self._queue.get_nowait()
-            except queue.Empty:
-                return done
-            done += 1
-            try:
-                task()
-            except Exception:
-                log.exception("a message to the engine's thread could not be handled")
+        """Wait up to `wait_s` for the first task, run it and those behind it; returns how many.
+
+        Tasks that come meanwhile wait for the next turn, so a flood of them cannot keep the engine from its step.
+        """
+        try:
+            task = self._queue.get(timeout=wait_s) if wait_s > 0 else self._queue.get_nowait()
+        except queue.Empty:
+            return 0
+        behind = self._queue.qsize()
+        _run(task)
+        for _ in range(behind):
+            _run(self._queue.get_nowait())
+        return 1 + behind
+
+
+def _run(task: Task) -> None:
+    try:
+        task()
+    except Exception:
+        log.exception("a message to the engine's thread could not be handled")

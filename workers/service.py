@@ -1,6 +1,7 @@
-"""The worker's gRPC: the control service it serves, and the streams and calls it makes to its peers.
+"""The worker's control service: the gRPC surface of control.proto, transport only.
 
-One event loop on a thread of its own does all network work; the engine's thread only leaves messages here.
+One event loop on a thread of its own does all network work; the engine's thread only leaves messages here, and what
+comes in is left in the worker's mailbox.
 """
 
 import asyncio
@@ -8,38 +9,29 @@ import contextlib
 import itertools
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import grpc
-import torch
 
 from tidemill.core import control_pb2 as pb
-from tidemill.core import wire
-from tidemill.core.control_pb2_grpc import WorkerServicer, WorkerStub, add_WorkerServicer_to_server
-from tidemill.core.messages import DraftCall, DraftReply, StepReport
+from tidemill.core import metrics, wire
+from tidemill.core.control_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
+from tidemill.core.messages import DraftReply, Event, StepReport
 from tidemill.core.model import Peer, Role
-from tidemill.core.settings import Settings
-from workers.engine.base import KvLayout
-from workers.kv.link import LinkError, SendingEnd
-from workers.kv.torch_dist import TorchSendingEnd
 from workers.mailbox import MailboxFull
+from workers.peers import CHANNEL_OPTIONS, DraftClient
 
 if TYPE_CHECKING:
     from workers.worker import Worker
 
 log = logging.getLogger(__name__)
 
-MAX_PENDING_REPORTS = 1024  # a router that reads no faster than this is cut off
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.so_reuseport", 0),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),
-]
+MAX_UNREAD_EVENTS = 100_000  # of one router; seconds of steps with many requests
+MAX_PENDING_REPLIES = 16  # a verify worker has fewer calls under way
+ANSWER_S = 30.0
+GRACE_S = 0.2
 
 
 class ControlService:
@@ -49,27 +41,35 @@ class ControlService:
         self._worker = worker
         self._host = host
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="control", daemon=True)
-        self._reports: dict[int, asyncio.Queue[StepReport | None]] = {}
+        self._thread = threading.Thread(target=self._run, name="control", daemon=True)
+        self._routers: dict[int, _RouterStream] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+
+    # --- life ---------------------------------------------------------------------------------------------------
 
     def start(self) -> str:
         """Listen; returns host:port. Raises OSError if no port can be had."""
         self._thread.start()
-        return self._await(self._serve())
+        address: str = self._await(self._serve())
+        return address
 
     def stop(self) -> None:
-        """Close the server and every stream, end the loop."""
+        """Close the server and every stream, end the loop and its thread."""
         self._await(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(2.0)
+        self._thread.join(ANSWER_S)
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        self._loop.close()
 
     def _await(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(30.0)
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(ANSWER_S)
 
     async def _serve(self) -> str:
-        self._server = grpc.aio.server(options=OPTIONS)
-        add_WorkerServicer_to_server(_Servicer(self._worker, self._reports), self._server)
+        self._server = grpc.aio.server(options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)])
+        add_WorkerServicer_to_server(_Servicer(self._worker, self._routers), self._server)
         try:
             port = self._server.add_insecure_port(f"{self._host}:0")
         except RuntimeError as error:
@@ -78,10 +78,9 @@ class ControlService:
         return f"{self._host}:{port}"
 
     async def _close(self) -> None:
-        for queue in self._reports.values():
-            with contextlib.suppress(asyncio.QueueFull):
-                queue.put_nowait(None)
-        await self._server.stop(0.2)
+        for stream in self._routers.values():
+            stream.finish()
+        await self._server.stop(GRACE_S)
         left = asyncio.all_tasks() - {asyncio.current_task()}
         for task in left:
             task.cancel()
@@ -91,132 +90,119 @@ class ControlService:
 
     def send_report(self, router: int, report: StepReport) -> None:
         """Never blocks."""
-        self._loop.call_soon_threadsafe(self._put_report, router, report)
+        with contextlib.suppress(RuntimeError):  # the loop has ended: so has the worker
+            self._loop.call_soon_threadsafe(self._put_report, router, report)
 
     def _put_report(self, router: int, report: StepReport) -> None:
-        queue = self._reports.get(router)
-        if queue is None:
-            return
-        try:
-            queue.put_nowait(report)
-        except asyncio.QueueFull:
-            log.warning("a router does not read its reports; its stream is closed")
-            self._reports.pop(router)
-            queue.get_nowait()
-            queue.put_nowait(None)
+        stream = self._routers.get(router)
+        if stream is not None and not stream.put(report):
+            log.warning("a router does not read its reports: its stream is cut and its requests are cancelled")
+            del self._routers[router]
+            self._worker.router_left(router)
+            stream.cut()
 
-    def connect_drafter(self, peer: Peer) -> "_DraftClient":
+    def connect_drafter(self, peer: Peer) -> DraftClient:
         """See workers.speculation.pool.DraftConnect."""
-        client = _DraftClient(self._worker, peer, self._loop)
+        client = DraftClient(self._worker, peer, self._loop)
         self._loop.call_soon_threadsafe(self._spawn, client)
         return client
 
-    def _spawn(self, client: "_DraftClient") -> None:
-        client.task = self._loop.create_task(client.run())
-        self._tasks.add(client.task)
-        client.task.add_done_callback(self._tasks.discard)
-
-    def link_opener(self, me: Peer, layout: KvLayout, settings: Settings) -> Callable[[Peer], SendingEnd]:
-        """Opens links from this worker; used on the links' threads."""
-        timeout_s, device = settings.deadlines.link_s, torch.device(settings.engine.device)
-
-        def open_link(to: Peer) -> SendingEnd:
-            request = pb.OpenLinkRequest(
-                sender=wire.peer_to_pb(me), receiver=wire.worker_id_to_pb(to.id), kv_layout=str(layout)
-            )
-            try:
-                with grpc.insecure_channel(to.address, options=OPTIONS) as channel:
-                    reply = WorkerStub(channel).OpenLink(request, timeout=timeout_s)
-            except grpc.RpcError as error:
-                raise LinkError(f"{to.id} does not take a link: {error.details()}") from error
-            return TorchSendingEnd(reply.rendezvous, reply.group, device, timeout_s)
-
-        return open_link
+    def _spawn(self, client: DraftClient) -> None:
+        task = self._loop.create_task(client.run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
-class _DraftClient:
-    """The stream to one draft worker. Calls wait in a queue that holds few: at most one awaits an answer."""
+class _RouterStream:
+    """What is on its way to one router. Reports it is too slow for become one. Belongs to the event loop."""
 
-    def __init__(self, worker: "Worker", peer: Peer, loop: asyncio.AbstractEventLoop) -> None:
-        self._worker = worker
-        self._peer = peer
-        self._loop = loop
-        self._calls: asyncio.Queue[DraftCall | None] = asyncio.Queue()
-        self.task: asyncio.Task[None] | None = None
+    def __init__(self, task: "asyncio.Task[Any] | None") -> None:
+        """`task` handles the stream's call."""
+        self._task = task
+        self._latest: StepReport | None = None
+        self._events: list[Event] = []
+        self._finished = False
+        self._changed = asyncio.Event()
 
-    def send(self, call: DraftCall) -> None:
-        self._loop.call_soon_threadsafe(self._calls.put_nowait, call)
+    def put(self, report: StepReport) -> bool:
+        """False if the router does not read."""
+        self._latest = report
+        self._events += report.events
+        self._changed.set()
+        return len(self._events) <= MAX_UNREAD_EVENTS
 
-    def close(self) -> None:
-        self._loop.call_soon_threadsafe(self._calls.put_nowait, None)
+    def finish(self) -> None:
+        """End the stream after what is in it."""
+        self._finished = True
+        self._changed.set()
 
-    async def run(self) -> None:
-        why = "closed"
-        try:
-            async with grpc.aio.insecure_channel(self._peer.address, options=OPTIONS) as channel:
-                async for reply in WorkerStub(channel).Drafts(self._outgoing()):
-                    self._worker.post_drafts(self._peer, wire.draft_reply_from_pb(reply))
-        except grpc.aio.AioRpcError as error:
-            why = f"{error.code().name}: {error.details()}"
-        except MailboxFull as error:
-            why = str(error)
-        finally:
-            with contextlib.suppress(MailboxFull):
-                self._worker.post_drafter_lost(self._peer, why)
+    def cut(self) -> None:
+        """End it now; waiting for a peer that does not read would take for ever."""
+        if self._task is not None:
+            self._task.cancel()
 
-    async def _outgoing(self) -> AsyncIterator[pb.DraftCall]:
-        while (call := await self._calls.get()) is not None:
-            yield wire.draft_call_to_pb(call)
+    async def reports(self) -> AsyncIterator[StepReport]:
+        for sequence in itertools.count():
+            while self._latest is None:
+                if self._finished:
+                    return
+                self._changed.clear()
+                await self._changed.wait()
+            report = replace(self._latest, sequence=sequence, events=tuple(self._events))
+            self._latest, self._events = None, []
+            yield report
 
 
 class _Servicer(WorkerServicer):
-    def __init__(self, worker: "Worker", reports: dict[int, "asyncio.Queue[StepReport | None]"]) -> None:
+    def __init__(self, worker: "Worker", routers: dict[int, _RouterStream]) -> None:
         self._worker = worker
-        self._reports = reports
+        self._routers = routers
         self._streams = itertools.count(1)
 
     async def Attach(self, requests: AsyncIterator[pb.Command], context: Any) -> AsyncIterator[pb.StepReport]:
         router = next(self._streams)
-        queue: asyncio.Queue[StepReport | None] = asyncio.Queue(MAX_PENDING_REPORTS)
-        self._reports[router] = queue
-        self._worker.post_router(router, attached=True)
-        reader = asyncio.create_task(self._read_commands(router, requests, queue))
+        stream = self._routers[router] = _RouterStream(asyncio.current_task())
+        self._worker.router_attached(router)
+        reader = asyncio.create_task(self._read_commands(router, requests))
         try:
-            while (report := await queue.get()) is not None:
+            async for report in stream.reports():
+                self._worker.metrics.add(metrics.REPORTS)
                 yield wire.report_to_pb(report)
         finally:
+            self._leave(router)
             reader.cancel()
-            self._reports.pop(router, None)
-            self._worker.post_router(router, attached=False)
 
-    async def _read_commands(
-        self, router: int, requests: AsyncIterator[pb.Command], queue: "asyncio.Queue[StepReport | None]"
-    ) -> None:
+    async def _read_commands(self, router: int, requests: AsyncIterator[pb.Command]) -> None:
+        """The end of a router's commands is the end of its requests, whatever becomes of the other direction."""
         try:
             async for message in requests:
                 self._worker.post_command(router, wire.command_from_pb(message))
         except (MailboxFull, ValueError) as error:
             log.warning("a router's stream is closed: %s", error)
         finally:
-            with contextlib.suppress(asyncio.QueueFull):
-                queue.put_nowait(None)
+            self._leave(router)
+
+    def _leave(self, router: int) -> None:
+        stream = self._routers.pop(router, None)
+        if stream is not None:
+            self._worker.router_left(router)
+            stream.finish()
 
     async def Drafts(self, requests: AsyncIterator[pb.DraftCall], context: Any) -> AsyncIterator[pb.DraftReply]:
         stream = next(self._streams)
         loop = asyncio.get_running_loop()
-        replies: asyncio.Queue[pb.DraftReply | None] = asyncio.Queue()  # at most one call awaits its reply
+        replies: asyncio.Queue[DraftReply | None] = asyncio.Queue()
 
-        def answer(reply: DraftReply) -> None:
-            loop.call_soon_threadsafe(replies.put_nowait, wire.draft_reply_to_pb(reply))
+        def reply(drafts: DraftReply | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended: so has the worker
+                loop.call_soon_threadsafe(replies.put_nowait, drafts)
 
         async def read() -> None:
             try:
                 async for message in requests:
-                    self._worker.post_draft_call(
-                        stream,
-                        wire.draft_call_from_pb(message),
-                        answer,
-                    )
+                    if replies.qsize() >= MAX_PENDING_REPLIES:
+                        raise MailboxFull("a verify worker does not read its drafts")
+                    self._worker.post_draft_call(stream, wire.draft_call_from_pb(message), reply)
             except MailboxFull as error:
                 log.warning("a verify worker's stream is closed: %s", error)
             finally:
@@ -224,11 +210,11 @@ class _Servicer(WorkerServicer):
 
         reader = asyncio.create_task(read())
         try:
-            while (reply := await replies.get()) is not None:
-                yield reply
+            while (drafts := await replies.get()) is not None:
+                yield wire.draft_reply_to_pb(drafts)
         finally:
             reader.cancel()
-            self._worker.post_draft_stream_closed(stream)
+            self._worker.draft_stream_closed(stream)
 
     async def OpenLink(self, request: pb.OpenLinkRequest, context: Any) -> pb.OpenLinkReply:
         try:
@@ -244,24 +230,25 @@ class _Servicer(WorkerServicer):
 
     async def SetRole(self, request: pb.SetRoleRequest, context: Any) -> pb.Description:
         try:
-            await asyncio.wrap_future(self._worker.set_role(Role(request.role), request.drain_s))
+            role = Role(request.role)
         except ValueError:
             await context.abort(
                 grpc.StatusCode.INVALID_ARGUMENT, f"no role {request.role!r}; there are {', '.join(Role)}"
             )
+        try:
+            await asyncio.wrap_future(self._worker.set_role(role, request.drain_s))
         except Exception as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return self._describe()
 
     def _describe(self) -> pb.Description:
-        worker = self._worker
-        model = worker.settings.draft if worker.role is Role.DRAFT else worker.settings.target
+        said = self._worker.describe()
         return pb.Description(
-            peer=wire.peer_to_pb(worker.peer),
-            role=worker.role,
-            accepting=worker.accepting,
-            load=wire.load_to_pb(worker.load()),
-            metrics_address=worker.metrics_address,
-            model=model.served_name if model else "",
-            engine=worker.engine_kind,
+            peer=wire.peer_to_pb(said.peer),
+            role=said.role,
+            accepting=said.accepting,
+            load=wire.load_to_pb(said.load),
+            metrics_address=said.metrics_address,
+            model=said.model,
+            engine=said.engine,
         )

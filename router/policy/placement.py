@@ -1,7 +1,7 @@
 """Which worker of a pool gets a request: the least loaded that is not to be avoided, ties at random."""
 
 import random
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from enum import StrEnum
 
 from tidemill.core.model import Decision, PoolSnapshot, Role, WorkerId, WorkerSnapshot
@@ -12,21 +12,32 @@ class PlacementReason(StrEnum):
 
     LEAST_LOADED = "least_loaded"
     ONLY_ONE = "only_one"
+    LAST_RESORT = "last_resort"  # all that is left has failed this request before
     NONE_LEFT = "none_left"
 
 
 def place(
-    snapshot: PoolSnapshot, role: Role, avoid: Set[WorkerId], rng: random.Random
+    snapshot: PoolSnapshot,
+    role: Role,
+    avoid: Set[WorkerId],
+    rng: random.Random,
+    last_resort: Set[WorkerId] = frozenset(),
 ) -> Decision[WorkerSnapshot | None]:
-    """None if the pool has no worker outside `avoid`."""
-    candidates = [worker for worker in snapshot.of(role) if worker.peer.id not in avoid]
-    if not candidates:
+    """None if the pool has no worker outside `avoid`. Those in `last_resort` are taken only if there is no other."""
+    allowed = [worker for worker in snapshot.of(role) if worker.peer.id not in avoid]
+    candidates = [worker for worker in allowed if worker.peer.id not in last_resort]
+    if not allowed:
         return Decision(None, PlacementReason.NONE_LEFT)
+    if not candidates:
+        return Decision(_least_loaded(allowed, rng), PlacementReason.LAST_RESORT)
     if len(candidates) == 1:
         return Decision(candidates[0], PlacementReason.ONLY_ONE)
-    least = min(_load(worker) for worker in candidates)
-    chosen = rng.choice([worker for worker in candidates if _load(worker) == least])
-    return Decision(chosen, PlacementReason.LEAST_LOADED)
+    return Decision(_least_loaded(candidates, rng), PlacementReason.LEAST_LOADED)
+
+
+def _least_loaded(workers: Sequence[WorkerSnapshot], rng: random.Random) -> WorkerSnapshot:
+    least = min(_load(worker) for worker in workers)
+    return rng.choice([worker for worker in workers if _load(worker) == least])
 
 
 def _load(worker: WorkerSnapshot) -> tuple[float, ...]:

@@ -24,6 +24,7 @@ from tidemill.core.settings import (
     Settings,
     SpeculationSettings,
 )
+from workers.loop import EngineLoop
 from workers.worker import Worker
 
 MODELS = Path(__file__).parents[2] / "models"
@@ -79,14 +80,11 @@ class LocalCluster:
     async def nothing_held(self) -> None:
         """No block, no lease and no request anywhere; a cluster that leaks fails here."""
 
-        def clean() -> bool:
-            loads = [worker.load() for worker in self.workers]
-            return all(load.kv_blocks_used == load.kv_blocks_leased == load.running_requests == 0 for load in loads)
+        def clean(loop: EngineLoop) -> bool:
+            loop.engine.check()  # type: ignore[attr-defined]
+            return loop.holds_nothing
 
-        await self.settled(lambda: clean() and all(worker._role.idle for worker in self.workers))
-        for worker in self.workers:
-            worker._engine.check()  # type: ignore[attr-defined]
-            assert not worker._owners
+        await self.settled(lambda: all(worker.on_engine_thread(clean).result() for worker in self.workers))
         described = self.router.describe()
         assert described["active"] == described["queued"] == 0
 

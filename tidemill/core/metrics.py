@@ -147,6 +147,8 @@ class Metrics:
     def __init__(self, series: tuple[Series, ...]) -> None:
         self.registry = CollectorRegistry()
         self._collectors = {each.name: self._make(each) for each in series}
+        # Labels are bounded, so this is too; the library's own look-up costs more than the counting.
+        self._children: dict[tuple[object, ...], Counter | Gauge | Histogram] = {}
 
     def _make(self, series: Series) -> Counter | Gauge | Histogram:
         if series.kind is Kind.HISTOGRAM:
@@ -184,5 +186,9 @@ class Metrics:
         return self.registry.get_sample_value(series.name + suffix, labels) or 0.0
 
     def _of(self, series: Series, labels: dict[str, str]) -> Counter | Gauge | Histogram:
-        collector = self._collectors[series.name]
-        return collector.labels(**labels) if labels else collector
+        key = (series.name, *labels.items())
+        found = self._children.get(key)
+        if found is None:
+            collector = self._collectors[series.name]
+            found = self._children[key] = collector.labels(**labels) if labels else collector
+        return found

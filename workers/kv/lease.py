@@ -1,22 +1,25 @@
 """The leases a verify worker has granted. Only its engine thread touches the table, and only that frees blocks."""
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tidemill.core.lifecycle import LEASE_MOVES, LeaseState, Lifecycle
 from tidemill.core.messages import Lease
+from tidemill.core.model import Peer, Request
+from workers.engine.base import Reservation
+
+LEASES_PER_EPOCH = 1 << 20
 
 
 @dataclass(slots=True, eq=False)
 class OpenLease:
-    """A lease that waits for its blocks. They come in order, from one sender."""
+    """A lease that waits for its blocks. They come in order, over one link."""
 
     lease: Lease
     deadline: float  # monotonic seconds
     next_block: int
     lifecycle: Lifecycle[LeaseState]
-    sender: str = ""  # the link it is fed by, once something came
+    link: str = ""  # what feeds it, once something came
 
     @property
     def filled(self) -> bool:
@@ -26,9 +29,12 @@ class OpenLease:
 class LeaseTable:
     """Open leases by number. A lease leaves the table when it is committed, aborted or has expired."""
 
-    def __init__(self) -> None:
+    def __init__(self, holder: Peer) -> None:
+        self._holder = holder
         self._open: dict[int, OpenLease] = {}
-        self._numbers = itertools.count(1)
+        self._by_request: dict[str, OpenLease] = {}
+        # Later epochs start above everything this one numbers, so KV for a lease of an earlier role finds none.
+        self._next_id = holder.id.epoch * LEASES_PER_EPOCH & (1 << 62) - 1
 
     def __len__(self) -> int:
         return len(self._open)
@@ -36,25 +42,24 @@ class LeaseTable:
     def __iter__(self) -> Iterator[OpenLease]:
         return iter(list(self._open.values()))
 
-    def next_id(self) -> int:
-        """Unique within this incarnation; messages for another one cannot come, links carry the epoch."""
-        return next(self._numbers)
-
-    def grant(self, lease: Lease, now: float) -> OpenLease:
-        entry = OpenLease(lease, now + lease.ttl_s, lease.first_block, Lifecycle(LeaseState.GRANTED, LEASE_MOVES))
-        self._open[lease.id] = entry
+    def grant(self, request: Request, blocks: Reservation, ttl_s: float, now: float) -> OpenLease:
+        """Enter a lease on blocks the engine has reserved."""
+        self._next_id += 1
+        lease = Lease(self._next_id, request.id, self._holder, blocks.first_block, blocks.end_block, ttl_s)
+        entry = OpenLease(lease, now + ttl_s, blocks.first_block, Lifecycle(LeaseState.GRANTED, LEASE_MOVES))
+        self._open[lease.id] = self._by_request[request.id] = entry
         return entry
 
     def find(self, lease_id: int) -> OpenLease | None:
         return self._open.get(lease_id)
 
     def of_request(self, request_id: str) -> OpenLease | None:
-        return next((entry for entry in self._open.values() if entry.lease.request_id == request_id), None)
+        return self._by_request.get(request_id)
 
     def end(self, entry: OpenLease, state: LeaseState) -> None:
         """Move to a final state; raises IllegalMove if it is in one already."""
         entry.lifecycle.move(state)
-        del self._open[entry.lease.id]
+        del self._open[entry.lease.id], self._by_request[entry.lease.request_id]
 
     def expired(self, now: float) -> list[OpenLease]:
         return [entry for entry in self._open.values() if entry.deadline <= now]

@@ -1,9 +1,9 @@
 """Links inside one process, for tests: the message is copied and handed over on the sender's thread."""
 
-from collections.abc import Callable
+import itertools
 
 from tidemill.core.model import Peer
-from workers.kv.link import Arrival, KvMessage, LinkError, Receiver, SendingEnd
+from workers.kv.link import Arrival, KvMessage, LinkError, Opener, Receiver, SendingEnd
 
 
 class MemoryLinks:
@@ -11,6 +11,7 @@ class MemoryLinks:
 
     def __init__(self) -> None:
         self._receivers: dict[str, Receiver] = {}
+        self._serial = itertools.count(1)
 
     def listen(self, peer: Peer, receiver: Receiver) -> None:
         self._receivers[str(peer.id)] = receiver
@@ -19,18 +20,20 @@ class MemoryLinks:
         """The worker is gone: links to it break."""
         self._receivers.pop(str(peer.id), None)
 
-    def opener(self, me: Peer) -> Callable[[Peer], SendingEnd]:
+    def opener(self, me: Peer) -> Opener:
         return lambda to: self._open(me, to)
 
     def _open(self, me: Peer, to: Peer) -> SendingEnd:
         if str(to.id) not in self._receivers:
             raise LinkError(f"{to.id} does not answer")
-        return _MemoryEnd(self._receivers, str(me.id), str(to.id))
+        name = f"{me.id}>{to.id}#{next(self._serial)}"
+        return _MemoryEnd(self._receivers, name, str(me.id), str(to.id))
 
 
 class _MemoryEnd:
-    def __init__(self, receivers: dict[str, Receiver], me: str, to: str) -> None:
+    def __init__(self, receivers: dict[str, Receiver], name: str, me: str, to: str) -> None:
         self._receivers = receivers
+        self._name = name
         self._me = me
         self._to = to
         self._closed = False
@@ -39,11 +42,11 @@ class _MemoryEnd:
         receiver = self._receivers.get(self._to)
         if self._closed or receiver is None:
             raise LinkError(f"{self._to} is gone")
-        receiver(Arrival(self._me, message.lease_id, message.first_block, message.kv.clone()))
+        receiver(Arrival(self._name, self._me, message.lease_id, message.first_block, message.kv.clone()))
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
             receiver = self._receivers.get(self._to)
             if receiver is not None:
-                receiver(Arrival(self._me, error="closed by the sender"))
+                receiver(Arrival(self._name, self._me, error="closed by the sender"))

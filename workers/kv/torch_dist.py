@@ -1,108 +1,192 @@
-"""Links over torch.distributed: one two-member group for each ordered pair of workers, gloo on CPUs, NCCL on GPUs.
+"""Links over torch.distributed: one two-member group for each ordered pair of workers.
 
-There is no world. Both members meet at a store that the receiver hosts; the group's name carries both incarnations and
-a serial, so neither a restarted peer nor a second attempt can inherit a dead link. A message is a header of fixed size
-and the payload. When a member dies, the other's pending operation fails within milliseconds.
+Both members meet at a store that the receiver hosts; the group's name carries both incarnations and a serial, so
+neither a restarted peer nor a second attempt can inherit a dead link. A message is a header of fixed size and the
+payload.
 """
 
 import itertools
+import math
+import socket
 import threading
 import time
 from datetime import timedelta
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import PrefixStore, ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tidemill.core.model import Peer, WorkerId
 from workers.engine.base import KvLayout
 from workers.kv.link import Arrival, KvMessage, LinkError, Receiver
+from workers.kv.pair import Pair, reason
+from workers.kv.staging import Staging
 
 SENDER, RECEIVER = 0, 1
 HEADER_TAG, PAYLOAD_TAG = 0, 1
 HEADER_WORDS = 4  # lease id, first block, blocks, protocol version
 VERSION = 1
-# A receiver waits for the next message as long as the link lives; the sender's end decides when that is over.
-IDLE = timedelta(days=30)
-
-
-def _group(store: TCPStore, name: str, rank: int, timeout: timedelta, device: torch.device) -> Any:
-    """A group of two; returns when both members are there. Torch's group types are untyped."""
-    prefixed = PrefixStore(f"{name}/", store)
-    if device.type == "cuda":
-        from torch.distributed import ProcessGroupNCCL  # noqa: PLC0415 - only CUDA builds have it
-
-        return ProcessGroupNCCL(prefixed, rank, 2)  # type: ignore[call-arg]
-    return ProcessGroupGloo(prefixed, rank, 2, timeout)
+IDLE_S = 600.0  # a receiver gives up a link that is silent for so long; senders close theirs long before
+BUFFERS = 2  # of each link: one being received into, one being copied from
+MAX_LINKS_PER_SENDER = 4  # more than one only while broken ones linger
+MAX_BLOCKS = 1 << 20  # of one message; a header that says more is not ours
 
 
 class LinkHost:
     """The receiving side of a worker: the store where senders meet it, and a thread for each open link."""
 
     def __init__(self, host: str, layout: KvLayout, device: torch.device, timeout_s: float, receiver: Receiver) -> None:
-        """`receiver` is called on the links' threads; it may block, which slows the sender down."""
-        self._layout = layout
-        self._device = device
-        self._timeout = timedelta(seconds=timeout_s)
-        self._receiver = receiver
+        """`receiver` is called on the links' threads and may not block. Raises OSError if no port can be had."""
+        self.host = host
+        self.layout = layout
+        self.device = device
+        self.timeout_s = timeout_s
+        self.receiver = receiver
         self._serial = itertools.count(1)
-        self._store = TCPStore(host, 0, None, True, self._timeout, wait_for_workers=False)
-        self.rendezvous = f"{host}:{self._store.port}"
+        self._lock = threading.Lock()
+        self._links: list[_Incoming] = []
+        with socket.create_server((host, 0)) as listening:  # the store itself would listen on every address
+            port = listening.getsockname()[1]
+            self._store: TCPStore | None = TCPStore(
+                host, port, None, True, _seconds(timeout_s), wait_for_workers=False, master_listen_fd=listening.detach()
+            )
+        self.rendezvous = f"{host}:{port}"
 
     def accept(self, me: WorkerId, sender: Peer) -> str:
         """Expect a sender; returns the name of the group to join at `rendezvous`."""
-        name = f"{sender.id}>{me}#{next(self._serial)}"
-        threading.Thread(target=self._serve, args=(name, str(sender.id)), name=f"kv-{name}", daemon=True).start()
-        return name
+        link = _Incoming(self, f"{sender.id}>{me}#{next(self._serial)}", sender.id)
+        with self._lock:
+            of_sender = [each for each in self._links if each.sender.name == sender.id.name]
+            self._links.append(link)
+        for surplus in of_sender[: 1 - MAX_LINKS_PER_SENDER]:
+            surplus.close()
+        link.start()
+        return link.name
 
-    def _serve(self, name: str, sender: str) -> None:
+    def ended(self, link: "_Incoming") -> None:
+        with self._lock:
+            self._links.remove(link)
+
+    def meet(self, name: str) -> Pair:
+        """Wait for a sender at the store. Raises LinkError."""
+        if self._store is None:
+            raise LinkError("the worker has stopped")
+        return Pair(self._store, name, RECEIVER, self.device, self.host, self.timeout_s)
+
+    @property
+    def open_links(self) -> int:
+        return len(self._links)
+
+    def cut(self) -> None:
+        """End every link; each one's last arrival follows. New ones may be accepted after it."""
+        with self._lock:
+            links = list(self._links)
+        for link in links:
+            link.close()
+
+    def close(self) -> None:
+        """End every link and the store; no sender finds it any more."""
+        self.cut()
+        self._store = None
+
+
+class _Incoming:
+    """One link's thread at the receiver."""
+
+    def __init__(self, host: LinkHost, name: str, sender: WorkerId) -> None:
+        self.name = name
+        self.sender = sender
+        self._host = host
+        self._staging = Staging(BUFFERS, pinned=host.device.type == "cuda")
+        self._lock = threading.Lock()
+        self._pair: Pair | None = None
+        self._closed = False
+
+    def start(self) -> None:
+        threading.Thread(target=self._run, name=f"kv-{self.name}", daemon=True).start()
+
+    def close(self) -> None:
+        """From any thread."""
+        with self._lock:
+            self._closed = True
+            pair = self._pair
+        self._staging.close()
+        if pair is not None:
+            pair.close()
+
+    def _run(self) -> None:
+        host = self._host
         try:
-            group = _group(self._store, name, RECEIVER, IDLE, self._device)
-            while True:
-                self._receiver(self._receive(group, sender))
-        except Exception as error:  # gloo raises RuntimeError, the store its own types; all mean the link is over
-            self._receiver(Arrival(sender, error=str(error).splitlines()[0][:200]))
+            pair = host.meet(self.name)
+            with self._lock:
+                self._pair = pair
+            while not self._closed:
+                host.receiver(self._receive(pair))
+            why = "the link was closed"
+        except Exception as error:  # whatever it is, the link is over, and only the link
+            why = reason(error)
+        self.close()
+        with self._lock:
+            self._pair = None
+        host.ended(self)
+        host.receiver(Arrival(self.name, str(self.sender), error=why))
 
-    def _receive(self, group: Any, sender: str) -> Arrival:
-        header = torch.zeros(HEADER_WORDS, dtype=torch.int64)
-        group.recv([header], SENDER, HEADER_TAG).wait()
-        started = time.perf_counter()
+    def _receive(self, pair: Pair) -> Arrival:
+        header = torch.zeros(HEADER_WORDS, dtype=torch.int64, device=pair.device)
+        pair.receive(header, HEADER_TAG, IDLE_S)
         lease_id, first_block, blocks, version = header.tolist()
-        if version != VERSION:
-            raise LinkError(f"message of protocol {version}, expected {VERSION}")
-        layout = self._layout
+        if version != VERSION or not 0 < blocks <= MAX_BLOCKS:
+            raise LinkError(f"header {header.tolist()} is not of protocol {VERSION}")
+        layout = self._host.layout
         shape = (layout.layers, blocks, 2, layout.kv_heads, layout.block_size, layout.head_dim)
-        kv = torch.empty(shape, dtype=getattr(torch, layout.dtype), device=self._device)
-        group.recv([_as_bytes(kv)], SENDER, PAYLOAD_TAG).wait()
-        return Arrival(sender, lease_id, first_block, kv, time.perf_counter() - started)
+        dtype: torch.dtype = getattr(torch, layout.dtype)
+        nbytes = math.prod(shape) * dtype.itemsize
+        if pair.is_nccl:
+            buffer, done = torch.empty(nbytes, dtype=torch.uint8, device=pair.device), _nothing
+        else:
+            staged = buffer = self._staging.take(nbytes)
+
+            def done() -> None:
+                self._staging.give_back(staged)
+
+        started = time.perf_counter()
+        pair.receive(buffer[:nbytes], PAYLOAD_TAG)
+        seconds = time.perf_counter() - started
+        kv = buffer[:nbytes].view(dtype).view(shape)
+        return Arrival(self.name, str(self.sender), lease_id, first_block, kv, seconds, done=done)
 
 
 class TorchSendingEnd:
     """See SendingEnd."""
 
-    def __init__(self, rendezvous: str, name: str, device: torch.device, timeout_s: float) -> None:
-        """Joins the group; raises LinkError if the receiver does not within `timeout_s`."""
-        timeout = timedelta(seconds=timeout_s)
-        host, _, port = rendezvous.rpartition(":")
+    def __init__(
+        self, rendezvous: str, name: str, device: torch.device, timeout_s: float, host: str = "127.0.0.1"
+    ) -> None:
+        """Joins the group; raises LinkError if the receiver does not within `timeout_s`. `host`: the sender's own."""
+        store_host, _, port = rendezvous.rpartition(":")
         try:
-            self._store = TCPStore(host, int(port), None, False, timeout, wait_for_workers=False)
-            self._group = _group(self._store, name, SENDER, timeout, device)
-        except Exception as error:
-            raise LinkError(f"link {name} could not be opened at {rendezvous}: {error}") from error
+            store = TCPStore(store_host, int(port), None, False, _seconds(timeout_s), wait_for_workers=False)
+        except Exception as error:  # torch raises types of its own
+            raise LinkError(f"no store answers at {rendezvous}: {reason(error)}") from error
+        self._pair = Pair(store, name, SENDER, device, host, timeout_s)
 
     def send(self, message: KvMessage) -> None:
-        header = torch.tensor([message.lease_id, message.first_block, message.kv.shape[1], VERSION])
-        try:
-            self._group.send([header], RECEIVER, HEADER_TAG).wait()
-            self._group.send([_as_bytes(message.kv)], RECEIVER, PAYLOAD_TAG).wait()
-        except Exception as error:
-            raise LinkError(str(error).splitlines()[0][:200]) from error
+        device = self._pair.device
+        header = torch.tensor([message.lease_id, message.first_block, message.kv.shape[1], VERSION], device=device)
+        self._pair.send(header, HEADER_TAG)
+        self._pair.send(_as_bytes(message.kv.to(device)), PAYLOAD_TAG)
 
     def close(self) -> None:
-        """Dropping the group closes its sockets, which is how the receiver's thread learns that it is over."""
-        self._group = None
+        self._pair.close()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _seconds(seconds: float) -> timedelta:
+    return timedelta(seconds=seconds)
 
 
 def _as_bytes(kv: Tensor) -> Tensor:
-    return kv.view(-1).view(torch.uint8)
+    return kv.contiguous().view(-1).view(torch.uint8)

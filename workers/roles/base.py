@@ -4,11 +4,15 @@ All methods run on the engine's thread. A role keeps no thread, socket or clock 
 argument, what it has to say goes out through `Outbox`.
 """
 
+import logging
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from tidemill.core.messages import Command, Event, Failure
+from tidemill.core.messages import Command, Event, Failed, Failure, Refusal, Refused
 from tidemill.core.model import Role
 from workers.engine.base import StepOutput
+
+log = logging.getLogger(__name__)
 
 
 class Outbox(Protocol):
@@ -35,19 +39,19 @@ class WorkerRole(Protocol):
         ...
 
     def poll(self, now: float) -> None:
-        """Deadlines."""
+        """Once a turn: deadlines, and what is idle for long."""
         ...
 
     def next_step_at(self, now: float) -> float | None:
         """When the engine should step: `now` or earlier means at once, None means nothing to do."""
         ...
 
-    def before_step(self, now: float) -> None: ...
+    def next_poll_at(self) -> float | None:
+        """The next deadline, if one is near enough to matter before the next heartbeat."""
+        ...
 
-    def after_step(self, output: StepOutput, now: float) -> None: ...
-
-    def engine_failed(self, detail: str) -> None:
-        """A step raised: give up every request."""
+    def after_step(self, output: StepOutput, now: float) -> None:
+        """Turn what the step did into events."""
         ...
 
     def give_up(self, failure: Failure, detail: str) -> None:
@@ -60,9 +64,30 @@ class WorkerRole(Protocol):
 
     @property
     def idle(self) -> bool:
-        """True if no request is held at any stage."""
+        """True if nothing would be lost by a change of role now."""
         ...
 
     def probe(self) -> None:
-        """Prove that this role can do its work; raises RuntimeError if not."""
+        """Prove on an idle engine that this role can do its work; raises if not."""
         ...
+
+
+def refuse(outbox: Outbox, request_id: str, reason: Refusal) -> None:
+    """Say no; nothing is held of the request."""
+    outbox.emit(Refused(request_id, reason))
+    outbox.forget(request_id)
+
+
+def fail(outbox: Outbox, request_id: str, failure: Failure, detail: str) -> None:
+    """Give a request up that is released, or never was held."""
+    outbox.emit(Failed(request_id, failure, detail))
+    outbox.forget(request_id)
+
+
+def for_each(requests: Iterable[str], action: Callable[[str], None]) -> None:
+    """Do something for all requests, even if it fails for one: after an engine's defect the others must not leak."""
+    for request_id in list(requests):
+        try:
+            action(request_id)
+        except Exception:
+            log.exception("request %s could not be released", request_id)

@@ -1,22 +1,28 @@
 """Prefill: compute a prompt's KV in chunks and send each finished block to the lease it is for, while the next chunk is
 computed.
+
+    command -> engine.prefill -> each step: export what is full -> link -> lease
+                              -> last step: export the rest, release the blocks, Prefilled
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from tidemill.core import metrics
-from tidemill.core.messages import Cancel, Command, Failed, Failure, Lease, Prefill, Prefilled, Refusal, Refused
+from tidemill.core.messages import Cancel, Command, Failure, Lease, Prefill, Prefilled, Refusal
 from tidemill.core.metrics import Metrics
-from tidemill.core.model import Peer, Request, Role
+from tidemill.core.model import Peer, Request, Role, WorkerId
 from tidemill.core.settings import Settings
 from tidemill.types import SamplingParams
 from workers.engine.base import Engine, RequestTooLong, SequenceProgress, StepOutput
-from workers.kv.link import KvMessage, Opener, Outgoing
-from workers.roles.base import Outbox
+from workers.kv.link import Feeder, FeederFactory, KvMessage
+from workers.roles.base import Outbox, fail, for_each, refuse
 
-MAX_BACKLOG_BYTES = 256 * 1024 * 1024  # exported and not yet sent; more, and the engine waits for the links
+LINK_BACKLOG_BYTES = 64 << 20  # exported and not yet sent to one peer; more, and its finished blocks stay in the pool
+MAX_BACKLOG_BYTES = 512 << 20  # to all peers; more, and the engine waits
+MAX_MESSAGE_BYTES = 16 << 20  # of one message: bounds the receiver's buffers
 BACKLOG_PAUSE_S = 0.002
+LINK_IDLE_S = 300.0  # a link nobody used for so long is closed; half of what its receiver bears with
 
 
 @dataclass(slots=True, eq=False)
@@ -28,6 +34,16 @@ class Job:
     received_at: float
     next_block: int
     started_at: float | None = None
+    computed: bool = False  # its own blocks are free; copies may still be with the link
+    unsent: int = 0  # messages with the link
+
+
+@dataclass(slots=True, eq=False)
+class Link:
+    """The way to one verify worker."""
+
+    feeder: Feeder
+    used_at: float
 
 
 class PrefillRole:
@@ -41,19 +57,20 @@ class PrefillRole:
         outbox: Outbox,
         settings: Settings,
         metrics: Metrics,
-        opener: Opener,
-        post: Callable[[Callable[[], None]], None],
+        feed: FeederFactory,
+        deliver: Callable[[Callable[[], None]], None],
     ) -> None:
-        """`opener` opens links; `post` brings a call from the links' threads to the engine's."""
+        """`feed` makes the way to a peer; `deliver` brings a call from its thread to the engine's."""
         self._engine = engine
         self._outbox = outbox
         self._settings = settings
         self._metrics = metrics
-        self._opener = opener
-        self._post = post
+        self._feed = feed
+        self._deliver = deliver
         self._jobs: dict[str, Job] = {}
-        self._sending: dict[str, int] = {}  # request -> messages handed to a link and not yet sent
-        self._links: dict[str, Outgoing] = {}
+        self._links: dict[WorkerId, Link] = {}
+
+    # --- commands -----------------------------------------------------------------------------------------------
 
     def handle(self, command: Command, now: float) -> None:
         match command:
@@ -62,41 +79,50 @@ class PrefillRole:
             case Cancel(request_id):
                 self.cancel(request_id)
             case _:
-                self._refuse(command.request.id, Refusal.WRONG_ROLE)
+                refuse(self._outbox, command.request.id, Refusal.WRONG_ROLE)
 
     def _start(self, request: Request, lease: Lease, now: float) -> None:
-        if len(self._jobs) >= self._settings.engine.max_waiting:
-            return self._refuse(request.id, Refusal.QUEUE_FULL)
+        blocks = -(-request.kv_tokens // self._engine.info.kv.block_size)
+        if sum(not job.computed for job in self._jobs.values()) >= self._settings.engine.max_waiting:
+            return refuse(self._outbox, request.id, Refusal.QUEUE_FULL)
+        if lease.end_block != blocks or not 0 <= lease.first_block < blocks:
+            what = f"the lease is for blocks {lease.first_block}..{lease.end_block} of {blocks}"
+            return fail(self._outbox, request.id, Failure.ENGINE, what)
         try:
             self._engine.prefill(request)
         except RequestTooLong:
-            return self._refuse(request.id, Refusal.TOO_LONG)
+            return refuse(self._outbox, request.id, Refusal.TOO_LONG)
         except ValueError as error:
-            self._outbox.emit(Failed(request.id, Failure.ENGINE, str(error)))
-            return self._outbox.forget(request.id)
+            return fail(self._outbox, request.id, Failure.ENGINE, str(error))
         self._jobs[request.id] = Job(request, lease, now, lease.first_block)
-
-    def _refuse(self, request_id: str, reason: Refusal) -> None:
-        self._outbox.emit(Refused(request_id, reason))
-        self._outbox.forget(request_id)
+        self._link_to(lease.holder, now).feeder.prepare()
 
     def cancel(self, request_id: str) -> None:
         self._engine.release(request_id)
-        self._jobs.pop(request_id, None)
-        self._sending.pop(request_id, None)
+        job = self._jobs.pop(request_id, None)
+        if job is not None and job.lease.holder.id in self._links:
+            self._links[job.lease.holder.id].feeder.drop(job.lease.id)
         self._outbox.forget(request_id)
 
+    # --- steps --------------------------------------------------------------------------------------------------
+
     def poll(self, now: float) -> None:
-        """Nothing waits for a time here: the router watches the stage, the link its messages."""
+        """The router watches the stage and the link its messages; here only unused links are closed."""
+        busy = {job.lease.holder.id for job in self._jobs.values()}
+        for holder, link in list(self._links.items()):
+            if holder in busy:
+                link.used_at = now
+            elif now - link.used_at > LINK_IDLE_S:
+                self._links.pop(holder).feeder.close()
 
     def next_step_at(self, now: float) -> float | None:
         if not self._engine.has_work():
             return None
-        backlog = sum(link.backlog_bytes for link in self._links.values())
+        backlog = sum(link.feeder.backlog_bytes for link in self._links.values())
         return now if backlog < MAX_BACKLOG_BYTES else now + BACKLOG_PAUSE_S
 
-    def before_step(self, now: float) -> None:
-        """Nothing to attach."""
+    def next_poll_at(self) -> float | None:
+        return None
 
     def after_step(self, output: StepOutput, now: float) -> None:
         for progress in output.progress:
@@ -107,81 +133,96 @@ class PrefillRole:
     def _advance(self, job: Job, progress: SequenceProgress, step_s: float, now: float) -> None:
         if job.started_at is None:
             job.started_at = now - step_s
-        block_size = self._engine.info.kv.block_size
-        ready = job.lease.end_block if progress.held else progress.computed_tokens // block_size
-        if ready > job.next_block:
-            self._send(job, ready)
+        feeder = self._link_to(job.lease.holder, now).feeder
         if progress.held:
+            self._send(job, job.lease.end_block, feeder)
             # The copies belong to the link now; this worker's blocks are free at once.
             self._engine.release(job.request.id)
-            del self._jobs[job.request.id]
+            job.computed = True
             self._outbox.emit(Prefilled(job.request.id, job.started_at - job.received_at, now - job.started_at))
-            if job.request.id not in self._sending:
-                self._outbox.forget(job.request.id)
+            self._end_if_sent(job)
+        elif feeder.backlog_bytes < LINK_BACKLOG_BYTES:
+            self._send(job, progress.computed_tokens // self._engine.info.kv.block_size, feeder)
 
-    def _send(self, job: Job, end_block: int) -> None:
-        kv = self._engine.export_kv(job.request.id, job.next_block, end_block)
-        self._sending[job.request.id] = self._sending.get(job.request.id, 0) + 1
-        self._link_to(job.lease.holder).put(KvMessage(job.lease.id, job.request.id, job.next_block, kv))
-        job.next_block = end_block
+    def _send(self, job: Job, end_block: int, feeder: Feeder) -> None:
+        """Hand blocks [next_block, end_block) to the link, in messages of a bounded size."""
+        at_once = max(MAX_MESSAGE_BYTES // self._engine.info.kv.block_bytes, 1)
+        while job.next_block < end_block:
+            until = min(job.next_block + at_once, end_block)
+            kv = self._engine.export_kv(job.request.id, job.next_block, until)
+            feeder.put(KvMessage(job.lease.id, job.request.id, job.next_block, kv))
+            job.next_block = until
+            job.unsent += 1
 
-    def _link_to(self, holder: Peer) -> Outgoing:
-        key = str(holder.id)
-        if key not in self._links:
-            self._close_links_of(holder.id.name)  # an older incarnation of the same worker is gone
-            self._links[key] = Outgoing(
-                holder,
-                self._opener,
-                sent=lambda message, seconds: self._post(lambda: self._on_sent(message, seconds)),
-                failed=lambda message, why: self._post(lambda: self._on_failed(message, why)),
+    def _end_if_sent(self, job: Job) -> None:
+        if job.computed and job.unsent == 0:
+            del self._jobs[job.request.id]
+            self._outbox.forget(job.request.id)
+
+    # --- links --------------------------------------------------------------------------------------------------
+
+    def _link_to(self, holder: Peer, now: float) -> Link:
+        if holder.id not in self._links:
+            for old in [each for each in self._links if each.name == holder.id.name]:
+                self._leave(old, f"{holder.id} has taken its place")
+            self._links[holder.id] = Link(
+                self._feed(
+                    holder,
+                    lambda message, seconds: self._deliver(lambda: self._on_sent(message, seconds)),
+                    lambda message, why: self._deliver(lambda: self._on_failed(message, why)),
+                ),
+                now,
             )
-        return self._links[key]
+        return self._links[holder.id]
 
-    def _close_links_of(self, name: str) -> None:
-        for key in [key for key, link in self._links.items() if link.to.id.name == name]:
-            self._links.pop(key).close()
+    def _leave(self, holder: WorkerId, why: str) -> None:
+        self._links.pop(holder).feeder.close()
+        theirs = [request_id for request_id, job in self._jobs.items() if job.lease.holder.id == holder]
+        for_each(theirs, lambda request_id: self._fail(request_id, Failure.KV_LINK, f"{holder} is gone: {why}"))
+
+    def _job_of(self, message: KvMessage) -> Job | None:
+        """None if it was given up meanwhile, or has come back under another lease."""
+        job = self._jobs.get(message.request_id)
+        return job if job is not None and job.lease.id == message.lease_id else None
 
     def _on_sent(self, message: KvMessage, seconds: float) -> None:
         self._metrics.add(metrics.TRANSFER_BYTES, message.nbytes, direction="sent")
         self._metrics.observe(metrics.TRANSFER_TIME, seconds, direction="sent")
-        left = self._sending.get(message.request_id, 0) - 1
-        if left > 0:
-            self._sending[message.request_id] = left
-        elif left == 0:
-            del self._sending[message.request_id]
-            if message.request_id not in self._jobs:
-                self._outbox.forget(message.request_id)
+        job = self._job_of(message)
+        if job is not None:
+            job.unsent -= 1
+            self._end_if_sent(job)
 
     def _on_failed(self, message: KvMessage, why: str) -> None:
-        if message.request_id in self._sending:
+        if self._job_of(message) is not None:
             self._fail(message.request_id, Failure.KV_LINK, why)
 
+    # --- ends ---------------------------------------------------------------------------------------------------
+
     def _fail(self, request_id: str, failure: Failure, detail: str) -> None:
-        self._outbox.emit(Failed(request_id, failure, detail))
+        fail(self._outbox, request_id, failure, detail)
         self.cancel(request_id)
 
-    def engine_failed(self, detail: str) -> None:
-        for request_id in list(self._jobs):
-            self._fail(request_id, Failure.ENGINE, detail)
-
     def give_up(self, failure: Failure, detail: str) -> None:
-        for request_id in dict.fromkeys([*self._jobs, *self._sending]):
-            self._fail(request_id, failure, detail)
+        for_each(self._jobs, lambda request_id: self._fail(request_id, failure, detail))
+        self._jobs.clear()
 
     def close(self) -> None:
         for link in self._links.values():
-            link.close()
+            link.feeder.close()
         self._links.clear()
 
     @property
     def idle(self) -> bool:
-        return not self._jobs and not self._sending
+        return not self._jobs
 
     def probe(self) -> None:
         """Compute one token's KV."""
         probe = Request("probe/prefill", (0, 0), SamplingParams(max_tokens=1, seed=0))
-        self._engine.prefill(probe)
-        held = any(progress.held for progress in self._engine.step().progress)
-        self._engine.release(probe.id)
+        try:
+            self._engine.prefill(probe)
+            held = any(progress.held for progress in self._engine.step().progress)
+        finally:
+            self._engine.release(probe.id)
         if not held:
             raise RuntimeError("prefill of a two-token prompt did not finish in one step")

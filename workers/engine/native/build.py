@@ -1,12 +1,14 @@
 """Compiles the CPU kernels at first use and keeps the result for this user, this source and this processor."""
 
 import ctypes
+import fcntl
 import hashlib
 import logging
 import os
 import platform
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "kernels"
@@ -16,6 +18,7 @@ FLAGS = [
     "-shared", "-fPIC",
 ]  # fmt: skip
 COMPILERS = ("g++", "clang++")
+COMPILE_TIMEOUT_S = 120.0  # it takes five seconds on an idle core
 
 log = logging.getLogger(__name__)
 
@@ -31,20 +34,28 @@ def cache_folder() -> Path:
 
 
 def load_kernels() -> ctypes.CDLL:
-    """The compiled library, built if need be (two seconds). Raises NoCompiler.
+    """The compiled library, built if need be (five seconds). Raises NoCompiler.
 
-    Several processes may build at once: each writes a file of its own and renames it, so nobody loads half a library.
+    Of several processes one builds and the others wait for it. The library appears under its name when it is complete,
+    so nobody loads half of it. The caller has imported torch, whose OpenMP runtime the library then shares.
     """
     path = cache_folder() / f"kernels-{_fingerprint()}.so"
-    if not path.is_file():
-        _compile(path)
-    return ctypes.CDLL(str(path))
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with (path.parent / "building").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # given back by the system even if the builder is killed
+                if not path.is_file():
+                    _compile(path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise NoCompiler(f"{path} cannot be written or loaded: {error}") from error
 
 
 def _fingerprint() -> str:
     """Changes with the sources, the flags and the processor's instruction set."""
     digest = hashlib.sha256(" ".join(FLAGS).encode())
-    for source in sorted(SOURCES.iterdir()):
+    for source in sorted(SOURCES.glob("*.[ch]*")):
         digest.update(source.read_bytes())
     digest.update(platform.machine().encode())
     cpuinfo = Path("/proc/cpuinfo")
@@ -55,14 +66,23 @@ def _fingerprint() -> str:
 
 
 def _compile(path: Path) -> None:
-    compiler = next((found for found in map(shutil.which, COMPILERS) if found), None)
-    if compiler is None:
+    """With the first compiler that manages."""
+    found = [compiler for compiler in map(shutil.which, COMPILERS) if compiler]
+    if not found:
         raise NoCompiler(f"no C++ compiler found (looked for {', '.join(COMPILERS)})")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}")
-    log.info("compiling the CPU kernels with %s", compiler)
-    command = [compiler, *FLAGS, "-o", str(fresh), str(SOURCES / "decoder.cpp")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise NoCompiler(f"{compiler} failed: {done.stderr[-2000:]}")
-    fresh.replace(path)
+    failures = []
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="building-") as folder:
+        fresh = Path(folder) / path.name
+        for compiler in found:
+            log.info("compiling the CPU kernels with %s", compiler)
+            command = [compiler, *FLAGS, "-o", str(fresh), str(SOURCES / "decoder.cpp")]
+            try:
+                subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                failures.append(f"{compiler} took more than {COMPILE_TIMEOUT_S:.0f} s")
+            except subprocess.CalledProcessError as error:
+                failures.append(f"{compiler} failed: {error.stderr[-2000:]}")
+            else:
+                fresh.replace(path)
+                return
+    raise NoCompiler("; ".join(failures))

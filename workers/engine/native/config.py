@@ -16,6 +16,21 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+# Rope types that are supported, and what each needs in config.json.
+ROPE_OPTIONS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+
 
 class ModelFolderError(ValueError):
     """A model folder cannot be served; the message names the file and what was expected."""
@@ -83,35 +98,59 @@ def read_config(folder: Path) -> ModelConfig:
 def _checked(folder: Path, family: str, config: dict[str, Any], generation: dict[str, Any]) -> ModelConfig:
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     rope["rope_type"] = rope.get("rope_type") or rope.get("type") or "default"
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
-        raise ModelFolderError(f"{folder}: rope type {rope['rope_type']!r} is not supported (default, linear, llama3)")
-    window = config.get("sliding_window")
-    if window and config.get("use_sliding_window", family == "mistral") and window < config["max_position_embeddings"]:
-        raise ModelFolderError(f"{folder}: sliding-window attention ({window} tokens) is not supported")
-    if config.get("hidden_act", "silu") != "silu":
-        raise ModelFolderError(f"{folder}: activation {config['hidden_act']!r} is not supported (silu)")
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    _refuse_unsupported(folder, family, config, rope)
+    sizes = {name: _size(folder, name, config[name]) for name in SIZES}
+    heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+    kv_heads = _size(folder, "num_key_value_heads", config.get("num_key_value_heads") or heads)
+    head_dim = _size(folder, "head_dim", config.get("head_dim") or hidden // heads)
     if heads % kv_heads:
         raise ModelFolderError(f"{folder}: {heads} heads are no multiple of {kv_heads} KV heads")
+    if head_dim % 2:
+        raise ModelFolderError(f"{folder}: rotary positions need an even head_dim, not {head_dim}")
     eos = generation.get("eos_token_id", config.get("eos_token_id"))
     return ModelConfig(
         family=family,
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_layers=config["num_hidden_layers"],
+        vocab_size=sizes["vocab_size"],
+        hidden_size=hidden,
+        intermediate_size=sizes["intermediate_size"],
+        num_layers=sizes["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        context_length=config["max_position_embeddings"],
-        rms_norm_eps=config["rms_norm_eps"],
+        context_length=sizes["max_position_embeddings"],
+        rms_norm_eps=float(config["rms_norm_eps"]),
         rope_theta=float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0),
         rope_scaling=rope,
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         eos_token_ids=frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos]),
     )
+
+
+def _refuse_unsupported(folder: Path, family: str, config: dict[str, Any], rope: dict[str, Any]) -> None:
+    """Raises for what would otherwise be computed wrongly without a word."""
+    kind, activation = rope["rope_type"], config.get("hidden_act", "silu")
+    if kind not in ROPE_OPTIONS:
+        raise ModelFolderError(f"{folder}: rope type {kind!r} is not supported ({', '.join(ROPE_OPTIONS)})")
+    missing = [option for option in ROPE_OPTIONS[kind] if option not in rope]
+    if missing:
+        raise ModelFolderError(f"{folder}: rope type {kind!r} needs {', '.join(missing)} in config.json")
+    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ModelFolderError(f"{folder}: rotary positions on a part of the channels are not supported")
+    window = config.get("sliding_window")
+    if window and config.get("use_sliding_window", family == "mistral") and window < config["max_position_embeddings"]:
+        raise ModelFolderError(f"{folder}: sliding-window attention ({window} tokens) is not supported")
+    if activation != "silu":
+        raise ModelFolderError(f"{folder}: activation {activation!r} is not supported (silu)")
+    if config.get("mlp_bias"):
+        raise ModelFolderError(f"{folder}: biases in the feed-forward layers (mlp_bias) are not supported")
+    if config.get("quantization_config"):
+        raise ModelFolderError(f"{folder}: quantised models are not supported by the native engine")
+
+
+def _size(folder: Path, name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ModelFolderError(f"{folder / 'config.json'}: {name} is {value!r}, expected a positive whole number")
+    return value
 
 
 def _read_json(path: Path) -> dict[str, Any]:

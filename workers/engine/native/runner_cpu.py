@@ -11,9 +11,9 @@ from workers.engine.native.config import ModelConfig
 from workers.engine.native.memory import Arena
 from workers.engine.native.weights import ModelWeights
 
-LANES = 16
+SIZE_STEP = 16  # channels of the widest vectors
 MAX_HEAD_DIM = 256
-MAX_GROUP = 16
+MAX_HEADS = 128
 PROJECTIONS = {"qkv": 1, "output": 1, "gate_up": 2, "down": 1}  # and how many matrices share their panels
 
 
@@ -61,12 +61,12 @@ def load_library() -> CDLL:
 def unsupported(config: ModelConfig, block_size: int) -> str | None:
     """Why the compiled kernels cannot run a model, or None if they can."""
     sizes = (config.hidden_size, config.intermediate_size, config.head_dim, block_size)
-    if any(size % LANES for size in sizes):
-        return f"hidden, feed-forward, head and block sizes must be multiples of {LANES}, not {sizes}"
+    if any(size % SIZE_STEP for size in sizes):
+        return f"hidden, feed-forward, head and block sizes must be multiples of {SIZE_STEP}, not {sizes}"
     if config.head_dim > MAX_HEAD_DIM:
         return f"heads of at most {MAX_HEAD_DIM} channels, not {config.head_dim}"
-    if config.num_heads // config.num_kv_heads > MAX_GROUP:
-        return f"at most {MAX_GROUP} query heads per KV head"
+    if config.num_heads > MAX_HEADS:
+        return f"at most {MAX_HEADS} heads, not {config.num_heads}"
     return None
 
 
@@ -89,10 +89,10 @@ class CpuRunner:
 
     def _new_arena(self, weights: ModelWeights) -> Arena:
         """Room for all packed matrices; they lie in the order in which a step reads them."""
-        sizes = [self._library.packed_size(*weights.head.shape, 1)]
-        for layer in weights.layers:
-            sizes += [self._library.packed_size(*getattr(layer, name).shape, PROJECTIONS[name]) for name in PROJECTIONS]
-        return Arena(sum(sizes), len(sizes), self._dtype)
+        size, layer, count = self._library.packed_size, weights.layers[0], len(weights.layers)
+        of_layer = sum(size(*getattr(layer, name).shape, parts) for name, parts in PROJECTIONS.items())
+        of_head = size(*weights.head.shape, 1)
+        return Arena(count * of_layer + of_head, count * len(PROJECTIONS) + 1, self._dtype)
 
     def _describe(self, weights: ModelWeights) -> _Decoder:
         config = self._config

@@ -1,8 +1,13 @@
 """Runs the decoder with stock torch operators: where no compiler is found, and on CUDA.
 
-Every matrix product has a shape that does not depend on the batch (rows in tiles of 16, keys in tiles of 64 counted
-from position 0), so a row's result does not depend on what shares the step, as with the compiled kernels.
+Every operator works on a shape that does not depend on the batch: rows in tiles, queries in groups of tiles, keys in
+tiles of 64 counted from position 0. So a row's result does not depend on what shares the step, as with the compiled
+kernels. Padding fills the tiles; keys that a row does not see add exact zeros.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +17,32 @@ from workers.engine.native.batch import StepBatch
 from workers.engine.native.config import ModelConfig
 from workers.engine.native.weights import LayerWeights, ModelWeights
 
-ROWS = 16
 KEYS = 64
+MASKED = -1e30
 
 
-def tiled_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [rows, in] -> [rows, out], in tiles of exactly ROWS rows."""
-    rows = x.shape[0]
-    padded = F.pad(x, (0, 0, 0, -rows % ROWS))
-    return torch.cat([F.linear(tile, weight, bias) for tile in padded.split(ROWS)])[:rows]
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How much one operator takes at once. More pays where starting an operator costs more than padding."""
+
+    rows: int  # of the flattened step, in all that is done row by row
+    queries: int  # of one sequence, in attention
+    group: int  # such query tiles
+
+
+CPU = Tiling(rows=16, queries=8, group=4)
+CUDA = Tiling(rows=64, queries=16, group=32)
+
+
+@dataclass(frozen=True, slots=True)
+class QueryGroup:
+    """Query tiles that pass their keys together; what is padding repeats something real, and is dropped."""
+
+    rows: Tensor  # [group, queries]: rows of the step
+    positions: Tensor  # [group, queries]
+    tables: Tensor  # [group, width]: KV blocks of each tile's sequence
+    last: Tensor  # [group, 1]: highest position of each tile
+    end: int  # keys that some row sees
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -36,81 +58,130 @@ def rotate(x: Tensor, cosines: Tensor) -> Tensor:
     return torch.cat([left * cos - right * sin, right * cos + left * sin], -1).to(x.dtype)
 
 
+def by_tiles(size: int, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function(*tensors), computed `size` rows at a time; tensors [rows, ...] alike."""
+    rows = tensors[0].shape[0]
+    padded = [torch.cat([x, x.new_zeros(-rows % size, *x.shape[1:])]) for x in tensors]
+    tiles = zip(*(x.split(size) for x in padded), strict=True)
+    return torch.cat([function(*tile) for tile in tiles])[:rows]
+
+
 class TorchRunner:
-    """Same interface and same KV pool shape as CpuRunner; keys lie in rows inside a block."""
+    """Same interface and same KV pool shape as CpuRunner; keys and values lie in rows inside a block."""
 
     packing = "rows"
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, device: torch.device) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: ModelWeights, device: torch.device, tiling: Tiling | None = None
+    ) -> None:
         self._config = config
         self._weights = weights
+        self._layers = tuple(weights.layers)
         self._cosines = config.cosines(device)
         self._device = device
+        self._tiling = tiling or (CPU if device.type == "cpu" else CUDA)
 
     def forward(self, batch: StepBatch, kv: Tensor) -> Tensor:
         """Float32 logits [R, vocabulary]; keys and values of all rows are written to `kv`."""
-        starts, context = batch.query_starts.tolist(), batch.context_lengths.tolist()
-        tables, positions = batch.block_tables.to(self._device), batch.positions.to(self._device)
+        groups = self._group_queries(batch)
+        cosines = self._cosines[batch.positions.to(self._device)]
         slots = batch.slots.to(self._device)
         residual = self._weights.embedding[batch.token_ids.to(self._device)]
-        cosines = self._cosines[positions]
-        eps = self._config.rms_norm_eps
-        for layer, pool in zip(self._weights.layers, kv, strict=True):
-            q = self._project_and_keep(rms_norm(residual, layer.input_norm, eps), layer, cosines, slots, pool)
-            mixed = torch.cat(
-                [self._attend(q[starts[b] : starts[b + 1]], context[b], tables[b], pool) for b in range(len(context))]
-            )
-            residual = residual + tiled_linear(mixed, layer.output, layer.output_bias)
-            gate, up = tiled_linear(rms_norm(residual, layer.post_norm, eps), layer.gate_up).chunk(2, -1)
-            residual = residual + tiled_linear(F.silu(gate) * up, layer.down)
-        wanted = rms_norm(residual[batch.logit_rows.to(self._device)], self._weights.final_norm, eps)
-        return tiled_linear(wanted, self._weights.head).float()
+        for layer, pool in zip(self._layers, kv, strict=True):
+            queries = self._project_and_keep(residual, layer, cosines, slots, pool)
+            mixed = self._attend(queries, groups, pool)
+            residual = by_tiles(self._tiling.rows, lambda x, y, w=layer: self._update(x, y, w), residual, mixed)
+        return by_tiles(self._tiling.rows, self._logits, residual[batch.logit_rows.to(self._device)])
 
-    def _project_and_keep(self, x: Tensor, layer: LayerWeights, cosines: Tensor, slots: Tensor, pool: Tensor) -> Tensor:
+    def _project_and_keep(
+        self, residual: Tensor, layer: LayerWeights, cosines: Tensor, slots: Tensor, pool: Tensor
+    ) -> Tensor:
         """Rotated queries [rows, heads, head_dim]; keys and values go to their slots of the layer's pool."""
-        heads, kv_heads, size = self._config.num_heads, self._config.num_kv_heads, self._config.head_dim
-        qkv = tiled_linear(x, layer.qkv, layer.qkv_bias).view(-1, heads + 2 * kv_heads, size)
-        q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = rms_norm(q, layer.q_norm, self._config.rms_norm_eps)
-            k = rms_norm(k, layer.k_norm, self._config.rms_norm_eps)
-        block_size = pool.shape[3]
-        block, offset = slots // block_size, slots % block_size
-        pool[block, 0, :, offset] = rotate(k, cosines)
-        pool[block, 1, :, offset] = v
-        return rotate(q, cosines)
+        config = self._config
+        heads, kv_heads, eps = config.num_heads, config.num_kv_heads, config.rms_norm_eps
 
-    def _attend(self, q: Tensor, context: int, table: Tensor, pool: Tensor) -> Tensor:
-        """Rows of one sequence, [rows, heads, head_dim] -> [rows, heads * head_dim]."""
-        rows, heads, size = q.shape
-        kv_heads, block_size = self._config.num_kv_heads, pool.shape[3]
-        needed = -(-(context + rows) // KEYS) * KEYS
-        keys = torch.arange(needed, device=self._device).clamp(max=context + rows - 1)
-        # [2, kv_heads, needed, head_dim]: past the end, the last key again; masked below
-        gathered = pool[table[keys // block_size].long(), :, :, keys % block_size].permute(1, 2, 0, 3)
-        tiles = []
-        for first in range(0, rows, ROWS):
-            tile = F.pad(q[first : first + ROWS], (0, 0, 0, 0, 0, max(0, first + ROWS - rows)))
-            grouped = tile.view(ROWS, kv_heads, heads // kv_heads, size).permute(1, 2, 0, 3).reshape(kv_heads, -1, size)
-            position = context + first + torch.arange(ROWS, device=self._device).repeat(heads // kv_heads)
-            out = self._attend_tile(grouped.float(), gathered, position)
-            tiles.append(out.view(kv_heads, -1, ROWS, size).permute(2, 0, 1, 3).reshape(ROWS, heads * size))
-        return torch.cat(tiles)[:rows].to(q.dtype)
+        def project(x: Tensor, angles: Tensor) -> Tensor:
+            qkv = F.linear(rms_norm(x, layer.input_norm, eps), layer.qkv, layer.qkv_bias)
+            q, k, v = qkv.view(-1, heads + 2 * kv_heads, config.head_dim).split([heads, kv_heads, kv_heads], 1)
+            if layer.q_norm is not None and layer.k_norm is not None:
+                q, k = rms_norm(q, layer.q_norm, eps), rms_norm(k, layer.k_norm, eps)
+            return torch.cat([rotate(q, angles), rotate(k, angles), v], 1)
 
-    def _attend_tile(self, q: Tensor, kv: Tensor, position: Tensor) -> Tensor:
-        """q [kv_heads, group * ROWS, head_dim], position [group * ROWS] -> like q; online softmax over key tiles."""
-        highest = q.new_full((*q.shape[:2], 1), -1e30)
-        total = torch.zeros_like(highest)
-        out = torch.zeros_like(q)
-        for first in range(0, kv.shape[2], KEYS):
-            k, v = kv[:, :, first : first + KEYS].float()
-            scores = q @ k.transpose(1, 2) * self._config.head_dim**-0.5
-            seen = first + torch.arange(KEYS, device=self._device) <= position[:, None]
-            scores = scores.masked_fill(~seen, -1e30)
+        qkv = by_tiles(self._tiling.rows, project, residual, cosines)
+        block, offset = slots // pool.shape[3], slots % pool.shape[3]
+        pool[block, 0, :, offset] = qkv[:, heads : heads + kv_heads]
+        pool[block, 1, :, offset] = qkv[:, heads + kv_heads :]
+        return qkv[:, :heads]
+
+    def _update(self, residual: Tensor, mixed: Tensor, layer: LayerWeights) -> Tensor:
+        """The rest of a layer after attention."""
+        residual = residual + F.linear(mixed, layer.output, layer.output_bias)
+        gate, up = F.linear(rms_norm(residual, layer.post_norm, self._config.rms_norm_eps), layer.gate_up).chunk(2, -1)
+        return residual + F.linear(F.silu(gate) * up, layer.down)
+
+    def _logits(self, residual: Tensor) -> Tensor:
+        return F.linear(
+            rms_norm(residual, self._weights.final_norm, self._config.rms_norm_eps), self._weights.head
+        ).float()
+
+    def _group_queries(self, batch: StepBatch) -> list[QueryGroup]:
+        """Cut each sequence's rows into tiles, and the tiles into groups."""
+        starts, size, count = batch.query_starts.tolist(), self._tiling.queries, self._tiling.group
+        tiles: list[tuple[int, list[int]]] = []  # a sequence, and rows of it
+        for sequence, (first, end) in enumerate(pairwise(starts)):
+            tiles += [(sequence, [min(row, end - 1) for row in range(at, at + size)]) for at in range(first, end, size)]
+        tiles += [tiles[0]] * (-len(tiles) % count)
+        groups = []
+        for at in range(0, len(tiles), count):
+            sequences, chosen = zip(*tiles[at : at + count], strict=True)
+            rows = torch.tensor(chosen)
+            positions = batch.positions[rows]
+            groups.append(
+                QueryGroup(
+                    rows.to(self._device),
+                    positions.to(self._device),
+                    batch.block_tables[list(sequences)].long().to(self._device),
+                    positions.amax(1, keepdim=True).to(self._device),
+                    int(positions.max()) + 1,
+                )
+            )
+        return groups
+
+    def _attend(self, queries: Tensor, groups: list[QueryGroup], pool: Tensor) -> Tensor:
+        """queries [rows, heads, head_dim] -> [rows, heads * head_dim]."""
+        rows, heads, size = queries.shape
+        out = queries.new_empty(rows, heads * size)
+        kv_heads, shared = self._config.num_kv_heads, heads // self._config.num_kv_heads
+        for group in groups:
+            count, tokens = group.rows.shape
+            q = queries[group.rows].view(count, tokens, kv_heads, shared, size).transpose(1, 2)
+            mixed = self._attend_group(q.reshape(count, kv_heads, tokens * shared, size).float(), group, pool)
+            mixed = mixed.view(count, kv_heads, tokens, shared * size).transpose(1, 2)
+            out[group.rows] = mixed.reshape(count, tokens, heads * size).to(out.dtype)
+        return out
+
+    def _attend_group(self, q: Tensor, group: QueryGroup, pool: Tensor) -> Tensor:
+        """Online softmax over tiles of keys.
+
+        q [group, kv_heads, queries * shared, head_dim] -> [group * kv_heads, queries * shared, head_dim]
+        """
+        config, q = self._config, q.flatten(0, 1)
+        repeats = (config.num_kv_heads, q.shape[1] // group.positions.shape[1])
+        position = group.positions.repeat_interleave(repeats[0], 0).repeat_interleave(repeats[1], 1)[:, :, None]
+        highest = q.new_full((*q.shape[:2], 1), MASKED)
+        total, out = torch.zeros_like(highest), torch.zeros_like(q)
+        for first in range(0, group.end, KEYS):
+            at = first + torch.arange(KEYS, device=self._device)
+            there = torch.minimum(at, group.last)  # past the end, the last key again; masked below
+            blocks = group.tables.gather(1, there // pool.shape[3])
+            kv = pool[blocks, :, :, there % pool.shape[3]].permute(2, 0, 3, 1, 4).contiguous().float()
+            k, v = kv.flatten(1, 2)  # [group * kv_heads, KEYS, head_dim] each
+            seen = at <= position
+            scores = (torch.bmm(q, k.transpose(1, 2)) * config.head_dim**-0.5).masked_fill_(~seen, MASKED)
             now = torch.maximum(highest, scores.amax(-1, keepdim=True))
-            weights = torch.exp(scores - now).masked_fill(~seen, 0.0)
+            weights = torch.exp(scores - now).masked_fill_(~seen, 0.0)
             keep = torch.exp(highest - now)
             total = total * keep + weights.sum(-1, keepdim=True)
-            out = out * keep + weights @ v
+            out = torch.baddbmm(out * keep, weights, v)
             highest = now
         return out / total

@@ -6,12 +6,12 @@
 // [block_size / PAIR][head_dim][PAIR]: both are operands as they lie, without transposition or horizontal sums.
 #pragma once
 #include <algorithm>
+#include <utility>
 
 #include "vec.h"
 
-constexpr int TILE = 64;        // keys
-constexpr int QUERY_TILE = 16;  // query tokens worked on together
-constexpr int MAX_GROUP = 16;   // query heads per KV head
+constexpr int TILE = 64;         // keys
+constexpr int QUERY_ROWS = 128;  // (token, head) rows worked on together, so also the most heads
 constexpr int MAX_HEAD = 256;
 constexpr float MASKED = -1e30f;
 
@@ -24,22 +24,23 @@ struct AttentionShape {
   int64_t block_stride() const { return 2 * values_offset(); }
 };
 
-// Rows of one KV head: tokens x group, in the order (token, head).
+// What is kept of each row while its keys pass by. Rows lie in the order (KV head, token, head of the group).
 template <typename T>
-struct QueryTile {
-  alignas(64) T query[QUERY_TILE * MAX_GROUP * MAX_HEAD];
-  alignas(64) float out[QUERY_TILE * MAX_GROUP * MAX_HEAD];
+struct QueryRows {
+  alignas(64) T query[QUERY_ROWS * MAX_HEAD];
+  alignas(64) float out[QUERY_ROWS * MAX_HEAD];
   alignas(64) float scores[MAX_ROWS * TILE];
   alignas(64) T weights[MAX_ROWS * TILE];
-  int position[QUERY_TILE * MAX_GROUP];
-  float maximum[QUERY_TILE * MAX_GROUP], total[QUERY_TILE * MAX_GROUP];
+  alignas(64) T tail[PAIR<T> * MAX_HEAD];
+  int position[QUERY_ROWS];
+  float maximum[QUERY_ROWS], total[QUERY_ROWS];
 };
 
 // Where a tile's keys and values lie.
 template <typename T>
 struct KeyTile {
   int first, count;                // positions first..first + count
-  const T* keys[TILE / LANES];     // vectors of 16 keys; past the end, the first again
+  const T* keys[TILE / LANES];     // vectors of keys; past the end, the first again
   const T* values[TILE / LANES];   // likewise
 };
 
@@ -62,7 +63,7 @@ static void tile_scores(const T* query, const KeyTile<T>& tile, const KeyTile<T>
                         float* scores) {
   const float scale = shape.scale * LOG2_E;
   for (int v = 0; v < TILE / LANES; v += VECTORS) {
-    f32x16 acc[R][VECTORS] = {};
+    vfloat acc[R][VECTORS] = {};
     const T* columns[VECTORS];
     for (int c = 0; c < VECTORS; c++) columns[c] = tile.keys[v + c];
     accumulate(acc, query, shape.head_dim, columns, shape.block_size * PAIR<T>, shape.head_dim,
@@ -77,16 +78,18 @@ static void tile_scores(const T* query, const KeyTile<T>& tile, const KeyTile<T>
 template <typename T>
 static inline __attribute__((always_inline)) float tile_softmax(float* scores, T* weights, int visible, float* maximum, float* total) {
   for (int i = std::max(visible, 0); i < TILE; i++) scores[i] = MASKED;
-  f32x16 s[TILE / LANES];
-  for (int v = 0; v < TILE / LANES; v++) s[v] = load(scores + v * LANES);
-  const float before = *maximum, now = std::max(before, largest(larger(larger(s[0], s[1]), larger(s[2], s[3]))));
+  vfloat top = load(scores);
+  for (int v = 1; v < TILE / LANES; v++) top = larger(top, load(scores + v * LANES));
+  const float before = *maximum, now = std::max(before, largest(top));
+  vfloat added = {};
   for (int v = 0; v < TILE / LANES; v++) {
-    s[v] = exp2_negative(s[v] - now);
-    store(weights + v * LANES, s[v]);
+    const vfloat weight = exp2_negative(load(scores + v * LANES) - now);
+    store(weights + v * LANES, weight);
+    added += weight;
   }
   const float keep = before == now ? 1.0f : exp2_negative(splat(before - now))[0];
   *maximum = now;
-  *total = *total * keep + sum((s[0] + s[1]) + (s[2] + s[3]));
+  *total = *total * keep + sum(added);
   return keep;
 }
 
@@ -94,24 +97,46 @@ static inline __attribute__((always_inline)) float tile_softmax(float* scores, T
 template <typename T, int R, int C>
 static inline void tile_values(const T* weights, const KeyTile<T>& tile, const KeyTile<T>* next, const float* keep,
                                const AttentionShape& shape, int channel, float* out) {
-  f32x16 acc[R][C];
+  const int paired = tile.count / PAIR<T> * PAIR<T>;
+  vfloat acc[R][C];
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) acc[r][c] = load(out + r * shape.head_dim + channel + c * LANES) * keep[r];
-  for (int v = 0; v * LANES < tile.count; v++) {
+  for (int v = 0; v * LANES < paired; v++) {
     const T *columns[C], *ahead[C];
     for (int c = 0; c < C; c++) {
       columns[c] = tile.values[v] + (channel + c * LANES) * PAIR<T>;
       ahead[c] = next ? next->values[v] + (channel + c * LANES) * PAIR<T> : nullptr;
     }
-    accumulate(acc, weights + v * LANES, TILE, columns, shape.head_dim * PAIR<T>, std::min(LANES, tile.count - v * LANES),
+    accumulate(acc, weights + v * LANES, TILE, columns, shape.head_dim * PAIR<T>, std::min(LANES, paired - v * LANES),
                next ? ahead : nullptr);
   }
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) store(out + r * shape.head_dim + channel + c * LANES, acc[r][c]);
 }
 
+// A last key whose pair holds no other. The other half is cleared in a copy, since what an earlier owner of the block left
+// there may be infinite, and would show even if multiplied by zero.
+template <typename T>
+static void copy_tail(const KeyTile<T>& tile, const AttentionShape& shape, T* tail) {
+  constexpr int P = PAIR<T>;
+  const int last = tile.count - 1;
+  const T* pair = tile.values[last / LANES] + (int64_t)(last % LANES / P) * P * shape.head_dim;
+  for (int d = 0; d < shape.head_dim; d++) {
+    tail[d * P] = pair[d * P];
+    for (int p = 1; p < P; p++) tail[d * P + p] = T{};
+  }
+}
+
+// out += the last key's weight * its value, for a row.
+template <typename T>
+static void add_tail(const T* weight, const T* tail, const AttentionShape& shape, float* out) {
+  const auto row = Operand<T>::row(weight);
+  for (int d = 0; d < shape.head_dim; d += LANES)
+    store(out + d, multiply_add(load(out + d), row, Operand<T>::columns(tail + d * PAIR<T>)));
+}
+
 template <typename T, int R>
-static void tile_rows(QueryTile<T>& q, int row, const KeyTile<T>& tile, const KeyTile<T>* next, const AttentionShape& shape) {
+static void tile_rows(QueryRows<T>& q, int row, const KeyTile<T>& tile, const KeyTile<T>* next, const AttentionShape& shape) {
   float keep[R];
   tile_scores<T, R>(q.query + (int64_t)row * shape.head_dim, tile, next, shape, q.scores);
   for (int r = 0; r < R; r++)
@@ -122,41 +147,50 @@ static void tile_rows(QueryTile<T>& q, int row, const KeyTile<T>& tile, const Ke
   for (; d + VECTORS * LANES <= shape.head_dim; d += VECTORS * LANES)
     tile_values<T, R, VECTORS>(q.weights, tile, next, keep, shape, d, out);
   for (; d < shape.head_dim; d += LANES) tile_values<T, R, 1>(q.weights, tile, next, keep, shape, d, out);
+  if (tile.count % PAIR<T>)
+    for (int r = 0; r < R; r++)
+      add_tail(q.weights + r * TILE + tile.count - 1, q.tail, shape, out + (int64_t)r * shape.head_dim);
 }
 
-// One KV head of up to QUERY_TILE tokens of one sequence. `qkv` and `out` are rows of the tile's first token.
+// All heads of a few tokens of one sequence. `qkv` and `out` are rows of the first of them. A tile of keys passes all KV
+// heads before the next does, because that is the order in which they lie in memory.
 template <typename T>
-static void attention_tile(const T* qkv, T* out, const T* kv, const int32_t* blocks, int first_position, int tokens,
-                           int kv_head, const AttentionShape& shape) {
-  static thread_local QueryTile<T> q;
-  const int group = shape.heads / shape.kv_heads, rows = tokens * group, D = shape.head_dim;
-  const int64_t head = (int64_t)kv_head * group * D;
-  for (int t = 0; t < tokens; t++)
-    memcpy((void*)(q.query + t * group * D), qkv + t * shape.row_size() + head, sizeof(T) * group * D);
-  for (int r = 0; r < rows; r++) {
-    q.position[r] = first_position + r / group;
+static void attention_tokens(const T* qkv, T* out, const T* kv, const int32_t* blocks, int first_position, int tokens,
+                             const AttentionShape& shape) {
+  static thread_local QueryRows<T> q;
+  const int group = shape.heads / shape.kv_heads, D = shape.head_dim, rows = tokens * group, all = tokens * shape.heads;
+  const auto source = [&](int row) {  // of a row's query in qkv and of its result in out: its token, then its head
+    return std::pair<int64_t, int64_t>{row % rows / group, (int64_t)(row / rows * group + row % group) * D};
+  };
+  for (int r = 0; r < all; r++) {
+    const auto [token, head] = source(r);
+    memcpy((void*)(q.query + r * D), qkv + token * shape.row_size() + head, sizeof(T) * D);
+    q.position[r] = first_position + (int)token;
     q.maximum[r] = MASKED;
     q.total[r] = 0;
   }
-  memset(q.out, 0, sizeof(float) * rows * D);
+  memset(q.out, 0, sizeof(float) * all * D);
   const int end = first_position + tokens, row_blocks = (rows + MAX_ROWS - 1) / MAX_ROWS;
-  const T* head_kv = kv + kv_head * shape.head_stride();
-  KeyTile<T> tile = find_keys(head_kv, blocks, 0, end, shape);
-  for (int first = 0; first < end; first += TILE) {
-    const bool more = first + TILE < end, more_heads = kv_head + 1 < shape.kv_heads;
-    const KeyTile<T> next = more ? find_keys(head_kv, blocks, first + TILE, end, shape)
-                                 : find_keys(head_kv + (more_heads ? shape.head_stride() : 0), blocks, 0, end, shape);
-    for (int b = 0; b < row_blocks; b++) {
-      const int row = b * rows / row_blocks, last = (b + 1) * rows / row_blocks;
-      const bool fetch = b == 0 && (more || more_heads);
-      with_rows(last - row, [&](auto count) {
-        tile_rows<T, decltype(count)::value>(q, row, tile, fetch ? &next : nullptr, shape);
-      });
+  const auto keys_of = [&](int first, int head) {
+    return find_keys(kv + head * shape.head_stride(), blocks, first, end, shape);
+  };
+  KeyTile<T> tile = keys_of(0, 0);
+  for (int first = 0; first < end; first += TILE)
+    for (int head = 0; head < shape.kv_heads; head++) {
+      const bool last_head = head + 1 == shape.kv_heads, last = last_head && first + TILE >= end;
+      const KeyTile<T> next = last ? tile : last_head ? keys_of(first + TILE, 0) : keys_of(first, head + 1);
+      if (tile.count % PAIR<T>) copy_tail(tile, shape, q.tail);
+      for (int b = 0; b < row_blocks; b++) {  // the first block of rows fetches the next tile
+        const int row = b * rows / row_blocks, stop = (b + 1) * rows / row_blocks;
+        with_rows(stop - row, [&](auto count) {
+          tile_rows<T, decltype(count)::value>(q, head * rows + row, tile, b == 0 && !last ? &next : nullptr, shape);
+        });
+      }
+      tile = next;
     }
-    tile = next;
-  }
-  for (int r = 0; r < rows; r++) {
-    T* to = out + (int64_t)(r / group) * shape.heads * D + head + r % group * D;
+  for (int r = 0; r < all; r++) {
+    const auto [token, head] = source(r);
+    T* to = out + token * shape.heads * D + head;
     for (int d = 0; d < D; d += LANES) store(to + d, load(q.out + r * D + d) * (1.0f / q.total[r]));
   }
 }
@@ -166,17 +200,17 @@ static void attention_tile(const T* qkv, T* out, const T* kv, const int32_t* blo
 template <typename T>
 static void attention(const T* qkv, T* out, const T* kv, int sequences, const int32_t* starts, const int32_t* context,
                       const int32_t* tables, int table_width, const AttentionShape& shape) {
-  const auto tiles_of = [&](int b) { return (starts[b + 1] - starts[b] + QUERY_TILE - 1) / QUERY_TILE; };
-  int64_t tiles = 0;
-  for (int b = 0; b < sequences; b++) tiles += tiles_of(b);
+  const int most = std::max(1, QUERY_ROWS / shape.heads);  // tokens worked on together
+  const auto pieces_of = [&](int b) { return (starts[b + 1] - starts[b] + most - 1) / most; };
+  int pieces = 0;
+  for (int b = 0; b < sequences; b++) pieces += pieces_of(b);
 #pragma omp parallel for schedule(dynamic, 1)
-  for (int64_t work = 0; work < tiles * shape.kv_heads; work++) {
-    int64_t tile = work / shape.kv_heads;
-    int b = 0;
-    for (; tile >= tiles_of(b); b++) tile -= tiles_of(b);
-    const int skipped = (int)tile * QUERY_TILE, row = starts[b] + skipped;
-    attention_tile<T>(qkv + row * shape.row_size(), out + (int64_t)row * shape.heads * shape.head_dim, kv,
-                      tables + (int64_t)b * table_width, context[b] + skipped, std::min(QUERY_TILE, starts[b + 1] - row),
-                      (int)(work % shape.kv_heads), shape);
+  for (int work = 0; work < pieces; work++) {
+    int b = 0, piece = work;
+    for (; piece >= pieces_of(b); b++) piece -= pieces_of(b);
+    const int skipped = piece * most, row = starts[b] + skipped;
+    attention_tokens<T>(qkv + row * shape.row_size(), out + (int64_t)row * shape.heads * shape.head_dim, kv,
+                        tables + (int64_t)b * table_width, context[b] + skipped, std::min(most, starts[b + 1] - row),
+                        shape);
   }
 }

@@ -7,9 +7,9 @@
 // x / rms(x) * weight over `size` channels (a multiple of 16). `out` may be `x`.
 template <typename T>
 static inline void rms_norm_row(const T* x, const T* weight, T* out, int64_t size, float eps) {
-  f32x16 squares = {};
+  vfloat squares = {};
   for (int64_t i = 0; i < size; i += LANES) {
-    const f32x16 v = load(x + i);
+    const vfloat v = load(x + i);
     squares = fma(v, v, squares);
   }
   const float scale = 1.0f / sqrtf(sum(squares) / (float)size + eps);
@@ -28,25 +28,21 @@ static inline void rotate_head(T* head, const float* cosines, int head_dim) {
   const int half = head_dim / 2;
   for (int i = 0; i < half; i += LANES) {
     const int count = std::min(LANES, half - i);
-    const f32x16 x = load_some(head + i, count), y = load_some(head + half + i, count);
-    const f32x16 c = load_some(cosines + i, count), s = load_some(cosines + half + i, count);
+    const vfloat x = load_some(head + i, count), y = load_some(head + half + i, count);
+    const vfloat c = load_some(cosines + i, count), s = load_some(cosines + half + i, count);
     store_some(head + i, fma(x, c, -(y * s)), count);
     store_some(head + half + i, fma(y, c, x * s), count);
   }
 }
 
-// Writes a row's key and value for one KV head to their places in its block: see attention.h for the layout. A value that
-// opens a pair clears the other half unless `paired`, so that nothing stale is ever multiplied, even by zero.
+// Writes a row's key and value for one KV head to their places in its block: see attention.h for the layout.
 template <typename T>
-static inline void keep(const T* key, const T* value, T* keys, T* values, int offset, bool paired, const AttentionShape& shape) {
+static inline void keep(const T* key, const T* value, T* keys, T* values, int offset, const AttentionShape& shape) {
   constexpr int P = PAIR<T>;
   for (int d = 0; d < shape.head_dim; d += P)
     memcpy((void*)(keys + (int64_t)d * shape.block_size + offset * P), key + d, sizeof(T) * P);
   values += (int64_t)(offset / P) * shape.head_dim * P + offset % P;
   for (int d = 0; d < shape.head_dim; d++) values[d * P] = value[d];
-  if (offset % P == 0 && !paired)
-    for (int d = 0; d < shape.head_dim; d++)
-      for (int p = 1; p < P; p++) values[d * P + p] = T{};
 }
 
 // qkv [rows, (heads + 2 kv_heads) head_dim]: queries are rotated in place; keys, rotated, and values go to their slots of
@@ -65,9 +61,8 @@ static void rotate_and_keep(T* qkv, T* kv, const int64_t* positions, const int64
     }
     T* block = kv + slots[r] / shape.block_size * shape.block_stride();
     const int offset = (int)(slots[r] % shape.block_size);
-    const bool paired = r + 1 < rows && slots[r + 1] == slots[r] + 1;
     for (int h = 0; h < K; h++)
       keep<T>(row + (H + h) * D, row + (H + K + h) * D, block + h * shape.head_stride(),
-              block + shape.values_offset() + h * shape.head_stride(), offset, paired, shape);
+              block + shape.values_offset() + h * shape.head_stride(), offset, shape);
   }
 }

@@ -38,7 +38,7 @@ struct Store {
   Out* y;
   int64_t columns;
   const float* bias;
-  void operator()(int64_t row, int64_t panel, const f32x16 (&acc)[VECTORS]) const {
+  void operator()(int64_t row, int64_t panel, const vfloat (&acc)[VECTORS]) const {
     for (int64_t c = 0, column = panel * PANEL; c < VECTORS; c++, column += LANES)
       store_some(y + row * columns + column, bias ? acc[c] + load(bias + column) : acc[c], columns - column);
   }
@@ -49,10 +49,10 @@ struct AddTo {
   T* y;
   int64_t columns;
   const float* bias;
-  void operator()(int64_t row, int64_t panel, const f32x16 (&acc)[VECTORS]) const {
+  void operator()(int64_t row, int64_t panel, const vfloat (&acc)[VECTORS]) const {
     for (int64_t c = 0, column = panel * PANEL; c < VECTORS; c++, column += LANES) {
       T* at = y + row * columns + column;
-      const f32x16 update = rounded<T>(bias ? acc[c] + load(bias + column) : acc[c]);
+      const vfloat update = rounded<T>(bias ? acc[c] + load(bias + column) : acc[c]);
       store_some(at, load_some(at, columns - column) + update, columns - column);
     }
   }
@@ -62,9 +62,9 @@ template <typename T>
 struct Gate {
   T* y;
   int64_t columns;
-  void operator()(int64_t row, int64_t panel, const f32x16 (&acc)[VECTORS]) const {
+  void operator()(int64_t row, int64_t panel, const vfloat (&acc)[VECTORS]) const {
     for (int64_t c = 0, column = panel * (PANEL / 2); c < VECTORS / 2; c++, column += LANES) {
-      const f32x16 gate = rounded<T>(silu(rounded<T>(acc[c]))), value = rounded<T>(acc[c + VECTORS / 2]);
+      const vfloat gate = rounded<T>(silu(rounded<T>(acc[c]))), value = rounded<T>(acc[c + VECTORS / 2]);
       store_some(y + row * columns + column, gate * value, columns - column);
     }
   }
@@ -73,7 +73,7 @@ struct Gate {
 template <typename T, int R, typename Finish>
 static void linear_block(const T* x, int64_t in, const T* panel, bool fetch_next, int64_t first_row, int64_t panel_index,
                          const Finish& finish) {
-  f32x16 acc[R][VECTORS] = {};
+  vfloat acc[R][VECTORS] = {};
   const T *columns[VECTORS], *next[VECTORS];
   for (int c = 0; c < VECTORS; c++) {
     columns[c] = panel + c * LANES * PAIR<T>;
