@@ -197,7 +197,7 @@ class Router:
         journey.avoid.add(failure.worker)
         if journey.kv_from is not None and failure.failure in HANDOVER_FAILURES:
             journey.avoid.add(journey.kv_from)
-        journey.kv_from = None
+        journey.kv_from, journey.pauses = None, 0  # it had a place until now
         self._metrics.add(metrics.RETRIES, failure=failure.failure)
         log.warning("request %s, after %d tokens: %s", journey.request.id, len(journey.sent), failure)
         if journey.failures > self._settings.router.max_retries:

@@ -24,7 +24,7 @@ RECEIVER = Peer(WorkerId("verify-0", 1), "")
 CPU = torch.device("cpu")
 
 
-def wait_for(true: Callable[[], object], timeout_s: float = 10.0) -> None:
+def wait_for(true: Callable[[], object], timeout_s: float = 20.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, "it did not happen"
@@ -47,7 +47,7 @@ class Net:
             arrival = replace(arrival, kv=copy)
         self.heard.append(arrival)
 
-    def wait(self, count: int, timeout_s: float = 10.0) -> list[Arrival]:
+    def wait(self, count: int, timeout_s: float = 20.0) -> list[Arrival]:
         wait_for(lambda: len(self.heard) >= count, timeout_s)
         return self.heard
 
@@ -265,18 +265,18 @@ def test_a_sender_killed_in_the_middle_of_a_message() -> None:
     net.wait(3)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    wait_for(lambda: net.heard[-1].error, timeout_s=5.0)
+    wait_for(lambda: net.heard[-1].error, timeout_s=20.0)
     assert all(torch.equal(each.kv, torch.ones_like(each.kv)) for each in net.heard[:-1] if each.kv is not None)
     wait_for(lambda: not host.open_links)
 
 
 def test_a_sender_stopped_in_the_middle_of_a_message_costs_the_deadline() -> None:
-    net, host = gloo_net(timeout_s=2.0)
+    net, host = gloo_net(timeout_s=4.0)
     process = sending_process(host, 1, "half")
     try:
         started = time.monotonic()
         wait_for(lambda: net.heard[-1].error)
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < 20
         wait_for(lambda: not host.open_links)
     finally:
         process.kill()
@@ -293,7 +293,7 @@ def test_a_receiver_that_reads_no_more_costs_the_deadline() -> None:
     with pytest.raises(LinkError, match="Timed out"):
         for _ in range(3):
             end.send(message(9, blocks=2000))
-    assert 0.5 < time.monotonic() - started < 5
+    assert 0.5 < time.monotonic() - started < 15
     end.close()
     host.close()
     wait_for(lambda: not host.open_links)

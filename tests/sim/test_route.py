@@ -45,6 +45,8 @@ from tidemill.errors import TidemillError
 from tidemill.types import SamplingParams
 
 STEP_S = 0.05
+FREEZE_S = 8.0  # longer than a stage may take, shorter than a request waits for a place
+STAGES = {"reserve_s": 10.0, "prefill_s": 5.0, "transfer_s": 5.0, "token_s": 5.0}
 
 
 class Fault(StrEnum):
@@ -84,6 +86,9 @@ class FaultyWorker(ScriptedWorker):
             self._missed.append(command)
         else:
             super().take(command)
+
+    def detached(self) -> None:
+        self.held.clear()
 
     def _on(self, command: Command) -> Iterable[Event]:
         if isinstance(command, Cancel):
@@ -146,13 +151,12 @@ class FaultyWorker(ScriptedWorker):
                 del self.held[request.id]
                 self.say(Failed(request.id, Failure.ENGINE, "planned"))
             case Fault.BREAK:
-                self.held.clear()  # what a worker does when a router's stream ends
                 self.break_streams()
             case Fault.SWITCH:
                 self.held.clear()
                 self.become(self.role, self.id.epoch + 1)
             case Fault.FREEZE:
-                self._frozen_until = asyncio.get_running_loop().time() + 40.0
+                self._frozen_until = asyncio.get_running_loop().time() + FREEZE_S
                 self.silent = True
                 asyncio.get_running_loop().call_at(self._frozen_until, self._thaw)
                 return False  # it goes on where it was, and nobody may mind
@@ -181,7 +185,7 @@ class Cluster:
             for index, plans in enumerate(pool)
         ]
         self.by_name = {worker.id.name: worker for worker in self.workers}
-        config = router_settings(router={"max_retries": max_retries, "max_active": 4})
+        config = router_settings(router={"max_retries": max_retries, "max_active": 4}, deadlines=STAGES)
         self.counters, clock, rng = Metrics(ROUTER_SERIES), LoopClock(), random.Random(0)
         self.pools = PoolsView(clock, attach=self._attach)
         self.gate = Gate(AdmissionLimits(4, 8), self.counters)

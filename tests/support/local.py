@@ -70,7 +70,7 @@ class LocalCluster:
     workers: list[Worker] = field(default_factory=list)
     members: list[Member] = field(default_factory=list)
 
-    async def settled(self, what: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    async def settled(self, what: Callable[[], bool], timeout_s: float = 20.0) -> None:
         """Wait until something is so; fails if it does not become so."""
         deadline = time.monotonic() + timeout_s
         while not what():

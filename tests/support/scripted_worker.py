@@ -89,7 +89,7 @@ class ScriptedWorker(WorkerServicer):
             queue.put_nowait(StepReport(self.id, self.role, self.accepting, self.messages, self.load, events))
             self.messages += 1
 
-    async def heard(self, kind: type[Kind], nth: int = 1, timeout_s: float = 5.0) -> Kind:
+    async def heard(self, kind: type[Kind], nth: int = 1, timeout_s: float = 15.0) -> Kind:
         """The nth command of a kind, waited for."""
 
         def found() -> list[Kind]:
@@ -117,6 +117,10 @@ class ScriptedWorker(WorkerServicer):
             heart.cancel()
             del self._reports[id(queue)]
             self.streams -= 1
+            self.detached()
+
+    def detached(self) -> None:
+        """A router's stream ended, and with it whatever is held for that router."""
 
     async def _beat(self) -> None:
         while True:

@@ -95,6 +95,15 @@ def test_a_compiler_that_fails_says_why(cache: Path, compiler: Callable[[str], P
     assert [path.name for path in cache.iterdir()] == ["building"]
 
 
+def test_a_compiler_that_hangs_is_killed(
+    cache: Path, compiler: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler("sleep 60 & wait")
+    monkeypatch.setattr(build, "COMPILE_TIMEOUT_S", 0.05)
+    with pytest.raises(NoCompiler, match="killed"):
+        load_kernels()
+
+
 def test_no_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "COMPILERS", ("no-such-compiler",))
     with pytest.raises(NoCompiler, match="no-such-compiler"):

@@ -7,9 +7,12 @@ import logging
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
+from typing import Any
 
 SOURCES = Path(__file__).parent / "kernels"
 # No -ffast-math: it would reorder sums, and on old compilers flush denormals for the whole process.
@@ -76,13 +79,25 @@ def _compile(path: Path) -> None:
         for compiler in found:
             log.info("compiling the CPU kernels with %s", compiler)
             command = [compiler, *FLAGS, "-o", str(fresh), str(SOURCES / "decoder.cpp")]
-            try:
-                subprocess.run(command, capture_output=True, text=True, check=True, timeout=COMPILE_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                failures.append(f"{compiler} took more than {COMPILE_TIMEOUT_S:.0f} s")
-            except subprocess.CalledProcessError as error:
-                failures.append(f"{compiler} failed: {error.stderr[-2000:]}")
-            else:
+            said = _run(command)
+            if said is None:
                 fresh.replace(path)
                 return
+            failures.append(f"{compiler} failed: {said}")
     raise NoCompiler("; ".join(failures))
+
+
+def _run(command: list[str]) -> str | None:
+    """None if the command succeeded, or what it complained of."""
+    # A group of its own, since a compiler is several processes.
+    options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "start_new_session": True}
+    with subprocess.Popen(command, text=True, **options) as process:
+        timer = threading.Timer(COMPILE_TIMEOUT_S, os.killpg, (process.pid, signal.SIGKILL))
+        timer.start()
+        try:
+            _, complaint = process.communicate()
+        finally:
+            timer.cancel()
+    if process.returncode == -signal.SIGKILL:
+        return f"killed; it may take {COMPILE_TIMEOUT_S:.0f} s"
+    return complaint[-2000:] if process.returncode else None
