@@ -1,6 +1,6 @@
 """Streamed tokens per second through the router alone, beside a bare grpc.aio stream and a Ray Serve deployment.
 
-    python -m benchmarks.router_throughput [--streams 64] [--tokens 400] [--worker instant|emulated] [--ray-serve]
+    python -m benchmarks.router_throughput [--streams 64] [--tokens 400] [--worker emulated|instant] [--ray-serve]
 
 Each server runs in a process of its own on one core; client and worker share another. The worker answers at once, so
 what is measured is the router: one token of one stream is one message to the client, unless the client is slower than
@@ -14,6 +14,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import statistics
 import sys
 import time
@@ -294,7 +295,7 @@ def measure_bare(load: Load, rounds: int) -> Result:
 def measure_ray_serve(load: Load, rounds: int) -> Result:
     """A streaming deployment with one replica behind Serve's gRPC proxy: the same messages, nothing computed.
 
-    Needs `pip install "ray[serve]"`. Serve spreads over several processes, so it is given both cores.
+    Needs `pip install "ray[serve]"`. Proxy and replica are processes of their own, so Serve is given both cores.
     """
     import ray  # noqa: PLC0415 - an optional peer
     from ray import serve  # noqa: PLC0415
@@ -308,26 +309,26 @@ def measure_ray_serve(load: Load, rounds: int) -> Result:
                 yield chunk
 
     os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         add = "tidemill.proto.inference_pb2_grpc.add_InferenceServicer_to_server"
-        serve.start(grpc_options=gRPCOptions(port=0, grpc_servicer_functions=[add]), proxy_location="HeadOnly")
+        serve.start(grpc_options=gRPCOptions(port=port, grpc_servicer_functions=[add]))
         serve.run(Streamer.bind())
-        port = serve.status().proxies and _serve_port()
-        rates = []
+        _pin(CLIENT_CORE)
+        found = []
         for _ in range(rounds + 1):
             started = time.perf_counter()
-            asyncio.run(drain_bare(f"127.0.0.1:{port}", load))
-            rates.append(load.total / (time.perf_counter() - started))
-        rate = statistics.median(rates[1:])
-        return Result("Ray Serve streaming deployment", rate, rate, float("nan"))
+            messages = asyncio.run(drain_bare(f"127.0.0.1:{port}", load))
+            wall_s = time.perf_counter() - started
+            found.append((load.total / wall_s, messages / wall_s))
+        rates = [statistics.median(values) for values in zip(*found[1:], strict=True)]
+        return Result("Ray Serve streaming deployment", rates[0], rates[1], float("nan"))
     finally:
         serve.shutdown()
         ray.shutdown()
-
-
-def _serve_port() -> int:
-    return 9000
 
 
 # --- the command ------------------------------------------------------------------------------------------------
@@ -338,7 +339,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=400, help="tokens of one stream")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--worker", choices=("instant", "emulated"), default="instant")
+    parser.add_argument("--worker", choices=("emulated", "instant"), default="emulated")
     parser.add_argument("--only-router", action="store_true", help="leave out the peers")
     parser.add_argument("--ray-serve", action="store_true", help="measure Ray Serve too; needs ray[serve]")
     parser.add_argument("--json", type=Path, help="write the results here too")

@@ -9,8 +9,8 @@
     7 finish     whatever any worker still holds is released, whether the request finished, failed or was cancelled
 
 A worker that fails, at whatever stage, costs the request a new attempt elsewhere from the tokens already sent. Being
-cancelled (the client left, or server.py ends a request whose deadline passed) is an exception like any other: `finally`
-tells every worker at once.
+cancelled (the client left, or servicer.py ends a request whose deadline passed) is an exception like any other:
+`finally` tells every worker at once.
 """
 
 import asyncio
@@ -80,6 +80,7 @@ class Router:
                         async for steps in decoding:
                             yield steps
                 except AttemptRefused as refusal:
+                    attempt.close(None)  # first: it may have to wait, and holds nothing meanwhile
                     await self._try_another(journey, refusal)
                 except AttemptFailed as failure:
                     self._try_again(journey, failure)
@@ -95,11 +96,11 @@ class Router:
                 break
             await self._pause(journey, Unavailable("no verify worker can be reached; see `tidemill status`"))
         elsewhere = split(snapshot, request, self._settings.split.min_prefill_tokens)
-        self._metrics.add(metrics.DECISIONS, policy="split", reason=elsewhere.reason)
         prefill = self._choose(snapshot, Role.PREFILL, journey.refused | journey.avoid) if elsewhere.choice else None
         draft = self._choose(snapshot, Role.DRAFT, journey.avoid) if self._settings.speculation.enabled else None
         journey.lifecycle.move(RequestState.PLACED)
         journey.split_reason = elsewhere.reason if prefill or not elsewhere.choice else SplitReason.NO_PREFILL_WORKERS
+        self._metrics.add(metrics.DECISIONS, policy="split", reason=journey.split_reason)
         journey.verify_worker = str(verify.peer.id)
         journey.prefill_worker = str(prefill.peer.id) if prefill else ""
         journey.draft_worker = str(draft.peer.id) if draft else ""

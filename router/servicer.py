@@ -36,6 +36,7 @@ from tidemill.proto.inference_pb2_grpc import InferenceServicer
 log = logging.getLogger(__name__)
 
 LONG_TEXT = 16_384  # characters; tokenizing more than that would hold up everyone's tokens for several milliseconds
+CLIENT_AHEAD_S = 0.1  # a client's timer started when it sent the request: it may end the call before ours rings
 
 Read = Callable[[], Awaitable[Request]]
 Emit = Callable[[pb.GenerateChunk], Awaitable[None]]
@@ -110,21 +111,28 @@ class Servicer(InferenceServicer):
 
     async def _serve(self, read: Read, context: Any, emit: Emit) -> None:
         """One request to its end. Errors leave as gRPC status; a call that gRPC cancels leaves as CancelledError."""
+        try:
+            await self._serve_and_count(read, context, emit)
+        except TidemillError as error:
+            await abort(context, error)
+        except Exception as error:
+            log.exception("a request failed")
+            await abort(context, InternalError(f"{type(error).__name__}: {error}; see the router's log"))
+
+    async def _serve_and_count(self, read: Read, context: Any, emit: Emit) -> None:
+        """Nothing is left of the request before its client hears of an error, and may send it again."""
         outcome, journey = InternalError.kind, None
         try:
             journey = await self._begin(read, context)
             await self._answer(journey, emit)
             outcome = str(journey.finish)
         except asyncio.CancelledError:
-            # gRPC cancels calls whose deadline passed, too, and may be quicker at it than our own timer.
-            outcome = DeadlineExceeded.kind if context.time_remaining() == 0 else Cancelled.kind
+            left_s = context.time_remaining()
+            outcome = Cancelled.kind if left_s is None or left_s > CLIENT_AHEAD_S else DeadlineExceeded.kind
             raise
         except TidemillError as error:
             outcome = error.kind
-            await abort(context, error)
-        except Exception as error:
-            log.exception("a request failed")
-            await abort(context, InternalError(f"{type(error).__name__}: {error}; see the router's log"))
+            raise
         finally:
             self._metrics.add(metrics.REQUESTS, outcome=outcome)
             if journey is not None:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tidemill.types import (
 )
 
 Prompt = str | Sequence[int]
+NAMES_ARE_TEXT = "model, request_id and slo_class must be text"
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.05, 2.0
 HEALTH_METHOD, HEALTH_REQUEST = "/grpc.health.v1.Health/Check", b""  # of the server as a whole
@@ -106,33 +108,47 @@ def _sampling_to_pb(sampling: SamplingParams) -> pb.SamplingParams:
     return message
 
 
+@contextmanager
+def _expecting(what: str) -> Iterator[None]:
+    """Turns what protobuf raises for values it cannot hold into InvalidRequest."""
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InvalidRequest(f"{what}: {error}") from error
+
+
 def generate_request(
     prompt: Prompt, sampling: SamplingParams, model: str, request_id: str, slo_class: str
 ) -> pb.GenerateRequest:
-    """Raises InvalidRequest if the prompt is neither text nor token ids."""
-    request = pb.GenerateRequest(
-        model=model, sampling=_sampling_to_pb(sampling), request_id=request_id, slo_class=slo_class
-    )
-    try:
+    """Raises InvalidRequest for values of the wrong type."""
+    request = pb.GenerateRequest(sampling=_sampling_to_pb(sampling))
+    with _expecting(NAMES_ARE_TEXT):
+        request.model, request.request_id, request.slo_class = model, request_id, slo_class
+    with _expecting("the prompt must be text, or token ids from 0 up"):
         if isinstance(prompt, str):
             request.text = prompt
         else:
             request.tokens.ids.extend(prompt)
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"the prompt must be text, or token ids from 0 up: {error}") from error
     return request
 
 
 def chat_request(
     messages: Iterable[Message], sampling: SamplingParams, model: str, request_id: str, slo_class: str
 ) -> pb.ChatRequest:
-    return pb.ChatRequest(
-        model=model,
-        messages=[pb.Message(role=each.role, content=each.content) for each in messages],
-        sampling=_sampling_to_pb(sampling),
-        request_id=request_id,
-        slo_class=slo_class,
-    )
+    """Raises InvalidRequest for values of the wrong type."""
+    request = pb.ChatRequest(sampling=_sampling_to_pb(sampling))
+    with _expecting(NAMES_ARE_TEXT):
+        request.model, request.request_id, request.slo_class = model, request_id, slo_class
+    with _expecting("messages must be tidemill.Message(role, content), both text"):
+        for each in messages:
+            request.messages.add(role=each.role, content=each.content)
+    return request
+
+
+def tokenize_request(text: str, model: str) -> pb.TokenizeRequest:
+    """Raises InvalidRequest for values of the wrong type."""
+    with _expecting("text and model must be text"):
+        return pb.TokenizeRequest(model=model, text=text)
 
 
 def _logprobs(messages: Iterable[pb.TokenLogprobs]) -> tuple[TokenLogprobs, ...]:

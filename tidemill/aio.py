@@ -121,7 +121,8 @@ class AsyncClient:
 
     async def tokenize(self, text: str, *, model: str = "") -> list[int]:
         """Token ids as `generate` would use them."""
-        return list((await self._unary(self._stub.Tokenize, pb.TokenizeRequest(model=model, text=text), None)).tokens)
+        answer = await self._unary(self._stub.Tokenize, _call.tokenize_request(text, model), None)
+        return list(answer.tokens)
 
     async def models(self) -> list[ModelCard]:
         """What this router serves."""

@@ -121,7 +121,8 @@ class Client:
 
     def tokenize(self, text: str, *, model: str = "") -> list[int]:
         """Token ids as `generate` would use them."""
-        return list(self._unary(self._stub.Tokenize, pb.TokenizeRequest(model=model, text=text), None).tokens)
+        answer = self._unary(self._stub.Tokenize, _call.tokenize_request(text, model), None)
+        return list(answer.tokens)
 
     def models(self) -> list[ModelCard]:
         """What this router serves."""

@@ -117,8 +117,12 @@ class EngineLoop:
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            self._mailbox.run(self.wait_s(self._clock.monotonic()))
-            self.turn(self._clock.monotonic())
+            try:
+                self._mailbox.run(self.wait_s(self._clock.monotonic()))
+                self.turn(self._clock.monotonic())
+            except Exception:  # an engine that cannot even count its blocks; the thread must not end silently
+                log.exception("a turn of %s failed", self._standing.worker)
+                self._stopping.wait(PROBE_S)
         self.end()
 
     def wait_s(self, now: float) -> float:

@@ -99,26 +99,26 @@ class ControlService:
             log.warning("a router does not read its reports: its stream is cut and its requests are cancelled")
             del self._routers[router]
             self._worker.router_left(router)
-            stream.cut()
+            self._spawn(stream.cut())
 
     def connect_drafter(self, peer: Peer) -> DraftClient:
         """See workers.speculation.pool.DraftConnect."""
         client = DraftClient(self._worker, peer, self._loop)
-        self._loop.call_soon_threadsafe(self._spawn, client)
+        self._loop.call_soon_threadsafe(lambda: self._spawn(client.run()))
         return client
 
-    def _spawn(self, client: DraftClient) -> None:
-        task = self._loop.create_task(client.run())
-        self._tasks.add(task)
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)  # the loop itself holds no more than a weak reference
         task.add_done_callback(self._tasks.discard)
 
 
 class _RouterStream:
     """What is on its way to one router. Reports it is too slow for become one. Belongs to the event loop."""
 
-    def __init__(self, task: "asyncio.Task[Any] | None") -> None:
-        """`task` handles the stream's call."""
-        self._task = task
+    def __init__(self, context: Any) -> None:
+        """`context` is the gRPC call's."""
+        self._context = context
         self._latest: StepReport | None = None
         self._events: list[Event] = []
         self._finished = False
@@ -136,10 +136,12 @@ class _RouterStream:
         self._finished = True
         self._changed.set()
 
-    def cut(self) -> None:
-        """End it now; waiting for a peer that does not read would take for ever."""
-        if self._task is not None:
-            self._task.cancel()
+    async def cut(self) -> None:
+        """End it without what is in it; the status is there when the router reads again."""
+        self._latest, self._events = None, []
+        self.finish()
+        with contextlib.suppress(grpc.aio.AbortError):
+            await self._context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the reports were not read")
 
     async def reports(self) -> AsyncIterator[StepReport]:
         for sequence in itertools.count():
@@ -161,7 +163,7 @@ class _Servicer(WorkerServicer):
 
     async def Attach(self, requests: AsyncIterator[pb.Command], context: Any) -> AsyncIterator[pb.StepReport]:
         router = next(self._streams)
-        stream = self._routers[router] = _RouterStream(asyncio.current_task())
+        stream = self._routers[router] = _RouterStream(context)
         self._worker.router_attached(router)
         reader = asyncio.create_task(self._read_commands(router, requests))
         try:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -25,7 +24,7 @@ from tidemill.core.model import Peer, Role, WorkerId, WorkerLoad
 from tidemill.core.settings import Settings
 from workers.engine.base import Engine
 from workers.engines import EngineFactory, Engines, make_engine
-from workers.kv.link import Arrival, Outgoing
+from workers.kv.link import Arrival, NotSent, Outgoing, Sent
 from workers.kv.torch_dist import LinkHost
 from workers.loop import EngineLoop
 from workers.mailbox import Mailbox
@@ -41,6 +40,7 @@ from workers.speculation.pool import DrafterPool
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+JOIN_S = 1.0  # for a link that is being closed
 SWITCH_INTERVAL_S = 0.0005  # the service's thread must not wait long for the engine's Python code
 
 
@@ -80,6 +80,7 @@ class Worker:
         self._mailbox = Mailbox()
         self._service = ControlService(self, host)
         self._links: LinkHost | None = None  # made with the first verify role
+        self._feeders: list[Outgoing] = []  # the prefill role's, which closes them; waited for at the end
         self._address = ""
         self._running = False
 
@@ -114,6 +115,8 @@ class Worker:
         self._service.stop()
         if self._links is not None:
             self._links.close()
+        for feeder in self._feeders:
+            feeder.join(JOIN_S)
         self._metrics_server.shutdown()
         self._metrics_server.server_close()
 
@@ -172,7 +175,12 @@ class Worker:
         peer = Peer(me, self._address)
         if role is Role.PREFILL:
             opener = link_opener(peer, self._host, engine.info.kv, self._settings)
-            feed = partial(Outgoing, opener=opener)
+
+            def feed(to: Peer, sent: Sent, failed: NotSent) -> Outgoing:
+                self._feeders = [each for each in self._feeders if not each.join(0.0)]
+                self._feeders.append(Outgoing(to, sent, failed, opener))
+                return self._feeders[-1]
+
             return PrefillRole(engine, outbox, self._settings, self.metrics, feed, self._mailbox.deliver)
         if role is Role.DRAFT:
             return DraftRole(engine, outbox, self._settings)

@@ -58,7 +58,7 @@ class TestSameTokens:
     def test_with_small_chunks_and_preemption(
         self, kind: str, requests: list[Request], plain: dict[str, tuple[int, ...]]
     ) -> None:
-        engine = make_engine(kind, SMALL.model_copy(update={"kv_blocks": 12, "max_batch_tokens": 9}))
+        engine = make_engine(kind, SMALL.model_copy(update={"kv_blocks": 8, "max_batch_tokens": 9}))
         for request in requests:
             engine.submit(request)
         preempted, out = 0, {}

@@ -49,7 +49,7 @@ async def victim(settings: Settings, request: pytest.FixtureRequest) -> AsyncIte
         process.end()
 
 
-async def until(true: Callable[[], object], timeout_s: float = 10.0) -> None:
+async def until(true: Callable[[], object], timeout_s: float = 20.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < deadline, "it did not happen"
@@ -57,7 +57,7 @@ async def until(true: Callable[[], object], timeout_s: float = 10.0) -> None:
 
 
 async def released(worker: Worker) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 20
     while not await asyncio.wrap_future(worker.on_engine_thread(lambda loop: loop.holds_nothing)):
         assert time.monotonic() < deadline, worker.describe()
         await asyncio.sleep(0.01)
@@ -122,7 +122,7 @@ async def test_verify_in_the_middle_of_a_transfer(
             started = time.monotonic()
             other = asyncio.create_task(hand_over(to_prefill, to_healthy, request_of("other", 100)))
             assert (await failed(to_prefill, "r")).failure is Failure.KV_LINK
-            assert time.monotonic() - started < LINK_S + 3
+            assert time.monotonic() - started < LINK_S + 10
             assert (await other).tokens == plain(settings, request_of("other", 100)), "others go on meanwhile"
             again = await hand_over(to_prefill, to_healthy, request_of("again", CONTEXT - 40))
             assert again.tokens == plain(settings, request)
@@ -143,7 +143,7 @@ async def test_a_receiver_that_cannot_be_reached_fails_the_request_in_time(
             to_prefill.send(Prefill(request_of(tokens=100), lease))
             started = time.monotonic()
             assert (await failed(to_prefill, "r")).failure is Failure.KV_LINK
-            assert time.monotonic() - started < 2 * LINK_S + 2
+            assert time.monotonic() - started < 2 * LINK_S + 10
             await released(prefill)
 
 
@@ -166,7 +166,7 @@ async def test_draft_while_it_drafts(victim: ProcessWorker, settings: Settings, 
             started = time.monotonic()
             outcome = await decode(to_verify, "r", outcome)
             assert outcome.tokens == plain(settings, request)
-            assert time.monotonic() - started < settings.speculation.wait_s + 5
+            assert time.monotonic() - started < settings.speculation.wait_s + 10
             # The next request names it again, and does not wait for it longer than for one answer.
             again = await submit(to_verify, request_of("again"), peer_of(victim))
             assert again.tokens == plain(settings, request_of())

@@ -31,6 +31,7 @@ from tidemill.core.messages import (
     Event,
     Failed,
     Failure,
+    FirstToken,
     Prefill,
     Prefilled,
     Refusal,
@@ -44,6 +45,7 @@ from tidemill.core.model import Request, Role
 from tidemill.errors import TidemillError
 from tidemill.types import SamplingParams
 
+EXAMPLES = 80
 STEP_S = 0.05
 FREEZE_S = 8.0  # longer than a stage may take, shorter than a request waits for a place
 STAGES = {"reserve_s": 10.0, "prefill_s": 5.0, "transfer_s": 5.0, "token_s": 5.0}
@@ -71,6 +73,8 @@ class Plan:
 
 class FaultyWorker(ScriptedWorker):
     """Follows its plans, one for each thing it is asked for, and is well-behaved after the last."""
+
+    heartbeat_s = 0.5
 
     def __init__(self, name: str, role: Role, plans: list[Plan], cluster: "Cluster") -> None:
         super().__init__(name, role)
@@ -216,7 +220,7 @@ class Cluster:
         return got
 
     async def check_nothing_is_held(self) -> None:
-        await asyncio.sleep(120.0)  # frozen ones wake and hear what they missed
+        await asyncio.sleep(3 * FREEZE_S)  # frozen ones wake and hear what they missed
         for worker in self.workers:
             assert not worker.held, f"{worker.id} still holds {list(worker.held)}"
         assert not any(each._conversations for each in self.pools._workers.values())
@@ -229,12 +233,50 @@ def new_journey(index: int, prompt: int, tokens: int) -> Journey:
     return Journey(request, now, now + 1e6)
 
 
+@pytest.mark.parametrize("kv_hit", [False, True])
+def test_the_parts_of_ttft_come_from_where_they_were_measured(kv_hit: bool) -> None:
+    async def run() -> None:
+        async with Cluster([[]], [[]], max_retries=0) as cluster:
+            verify, prefill = cluster.workers
+            loop = asyncio.get_running_loop()
+
+            def on_verify(command: Command) -> Iterable[Event]:
+                if isinstance(command, Reserve):
+                    blocks = 0 if kv_hit else 4
+                    loop.call_later(0.3, lambda: verify.say(lease_for(verify, command.request, blocks)))
+                    if kv_hit:
+                        loop.call_later(0.5, lambda: verify.say(last_token(command.request)))
+                return ()
+
+            def on_prefill(command: Command) -> Iterable[Event]:
+                if isinstance(command, Prefill):
+                    done = Prefilled(command.request.id, queue_s=0.2, prefill_s=1.0)
+                    loop.call_later(1.2, lambda: prefill.say(done))
+                    loop.call_later(1.9, lambda: verify.say(last_token(command.request)))
+                return ()
+
+            verify.on, prefill.on = on_verify, on_prefill
+            journey = new_journey(0, 100, 1)
+            await cluster.serve(journey)
+            timing = journey.timing
+            parts = (timing.queue_s, timing.prefill_s, timing.transfer_s, timing.first_decode_s)
+            # Lease, then the prefill worker's queue | its computation | the last blocks' way | the first step.
+            assert parts == pytest.approx((0.3, 0.0, 0.15, 0.05) if kv_hit else (0.5, 1.0, 0.65, 0.05))
+            assert timing.ttft_s == pytest.approx(sum(parts))
+
+    run_virtual(run())
+
+
+def last_token(request: Request) -> Tokens:
+    return step(request, 1, 0, end=True, first=FirstToken(0.0, 0.0, 0.05))
+
+
 plans = st.lists(st.builds(Plan, st.sampled_from(Fault), st.integers(0, 4)), max_size=4)
 pools = st.tuples(st.lists(plans, min_size=1, max_size=3), st.lists(plans, max_size=2))
 jobs = st.lists(st.tuples(st.sampled_from([2, 100]), st.integers(1, 8)), min_size=1, max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @example(([[Plan(Fault.FREEZE, 2)]], []), [(2, 8)])
 @example(([[Plan(Fault.SWITCH, 0)], [Plan(Fault.BREAK, 1)]], [[Plan(Fault.HANG, 0)]]), [(100, 8), (2, 3)])
 @given(pools, jobs)
@@ -258,7 +300,7 @@ def test_the_tokens_are_the_same_whatever_fails(
     run_virtual(run())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=EXAMPLES, deadline=None)
 @given(pools, jobs, st.lists(st.floats(0.0, 100.0), min_size=6, max_size=6), st.integers(0, 2))
 def test_whoever_leaves_whenever_leaves_nothing_behind(
     pool_plans: tuple[list[list[Plan]], list[list[Plan]]],

@@ -37,11 +37,12 @@ from tidemill.types import FinishReason
 MODELS = Path(__file__).parents[2] / "models"
 Kind = TypeVar("Kind", bound=Command)
 Behaviour = Callable[[Command], Iterable[Event]]
-HEARTBEAT_S = 0.1
 
 
 class ScriptedWorker(WorkerServicer):
     """One worker. Not thread-safe: lives on the test's event loop."""
+
+    heartbeat_s = 0.1
 
     def __init__(self, name: str, role: Role, on: Behaviour | None = None) -> None:
         self.id = WorkerId(name, 1)
@@ -124,7 +125,7 @@ class ScriptedWorker(WorkerServicer):
 
     async def _beat(self) -> None:
         while True:
-            await asyncio.sleep(HEARTBEAT_S)
+            await asyncio.sleep(self.heartbeat_s)
             if not self.silent:
                 self.say()
 
@@ -159,12 +160,12 @@ def expected_tokens(request: Request, count: int, first: int = 0) -> tuple[int, 
     return tuple(300 + (seed + 7 * at) % 500 for at in range(first, first + count))
 
 
-def step(request: Request, count: int = 1, first: int = 0, *, end: bool = False, **more: Any) -> Tokens:
-    """A step's tokens, from the `first`-th output token on."""
-    if first == len(request.output):
+def step(request: Request, count: int = 1, at: int = 0, *, end: bool = False, **more: Any) -> Tokens:
+    """A step's tokens, from the `at`-th output token on."""
+    if at == len(request.output):
         more.setdefault("first", FirstToken(0.0, 0.0, 0.0))
     finish = FinishReason.LENGTH if end else None
-    return Tokens(request.id, expected_tokens(request, count, first), finish=finish, **more)
+    return Tokens(request.id, expected_tokens(request, count, at), finish=finish, **more)
 
 
 def whole(request: Request) -> tuple[Tokens, ...]:

@@ -32,6 +32,7 @@ from tidemill.core.model import Peer, Request, Role
 from tidemill.core.settings import DeadlineSettings, EngineSettings, ModelSettings, Settings, SpeculationSettings
 from workers.engine.base import Engine
 from workers.engine.emulated import EmulatedEngine
+from workers.loop import EngineLoop
 from workers.worker import Worker
 
 PATIENCE_S = 20.0
@@ -204,3 +205,42 @@ async def hand_over(
             verify.send(Cancel(request.id))
             return outcome
     return await decode(verify, request.id, outcome)
+
+
+def worker(role: Role, settings: Settings | None = None, name: str = "") -> Worker:
+    """Around an engine without a model."""
+    return Worker(name or f"{role}-0", role, settings or settings_of(), engine_factory=emulated)
+
+
+class LiveTrio:
+    """A prefill, a verify and a draft worker, each attached."""
+
+    def __init__(self, workers: tuple[Worker, Worker, Worker], streams: list[Stream]) -> None:
+        self.prefill, self.verify, self.draft = workers
+        self.to_prefill, self.to_verify, self.to_draft = streams
+
+    async def hand_over(self, request: Request, drafter: Peer | None = None) -> Outcome:
+        return await hand_over(self.to_prefill, self.to_verify, request, drafter)
+
+    async def released(self) -> None:
+        """All of them come to hold nothing, and say so."""
+        deadline = time.monotonic() + 20
+
+        def clean(loop: EngineLoop) -> bool:
+            loop.engine.check()  # type: ignore[attr-defined]
+            return loop.holds_nothing
+
+        for each in (self.prefill, self.verify, self.draft):
+            while not await asyncio.wrap_future(each.on_engine_thread(clean)):
+                assert time.monotonic() < deadline, each.describe()
+                await asyncio.sleep(0.005)
+        for stream in (self.to_prefill, self.to_verify, self.to_draft):
+            await stream.released()
+
+
+@asynccontextmanager
+async def live_trio(settings: Settings) -> AsyncIterator[LiveTrio]:
+    workers = (worker(Role.PREFILL, settings), worker(Role.VERIFY, settings), worker(Role.DRAFT, settings))
+    with running(*workers):
+        async with attached(*(each.peer for each in workers)) as streams:
+            yield LiveTrio(workers, streams)

@@ -4,6 +4,8 @@ The token after a prefix is a hash of the whole prefix, read back through the KV
 block or a stale import gives other tokens, so identity can be checked. Steps take no time but the bookkeeping's.
 """
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -12,10 +14,12 @@ from tidemill.core.settings import EngineSettings
 from workers.engine.base import KvLayout
 from workers.engine.native.batch import StepBatch
 from workers.engine.native.engine import NativeEngine
-from workers.engine.noise import mix
+from workers.engine.noise import Bits, mix, mix_all
 
 CERTAIN = 20.0  # logit of the hashed token over all others: sampling at moderate temperatures takes it too
 WORDS = 4  # a 64-bit hash as four 16-bit numbers, which float32 holds exactly
+SHIFTS = np.arange(WORDS, dtype=np.uint64) * np.uint64(16)
+LOW_WORD = np.uint64(0xFFFF)
 
 
 class HashModel:
@@ -25,6 +29,8 @@ class HashModel:
         self.vocab_size = vocab_size
         self.context_length = context_length
         self.eos_token_ids: frozenset[int] = frozenset()
+        self._logits = np.zeros((0, vocab_size), np.float32)
+        self._hot = (np.zeros(0, np.int64), np.zeros(0, np.int64))  # rows and tokens that are not 0 in `_logits`
 
     def layout(self, block_size: int) -> KvLayout:
         return KvLayout(1, 1, WORDS, block_size, "float32")
@@ -33,34 +39,49 @@ class HashModel:
         return torch.zeros(1, num_blocks, 2, 1, block_size, WORDS)
 
     def forward(self, batch: StepBatch, kv: Tensor) -> Tensor:
-        """Logits [R, vocabulary] with one token of each row far above the rest."""
-        keys = kv[0, :, 0, 0]
-        block_size = keys.shape[1]
-        tokens, slots, tables = batch.token_ids.tolist(), batch.slots.tolist(), batch.block_tables.tolist()
-        starts, contexts = batch.query_starts.tolist(), batch.context_lengths.tolist()
-        last = [(c - 1) if c else 0 for c in contexts]
-        before = keys[[tables[b][at // block_size] for b, at in enumerate(last)], [at % block_size for at in last]]
-        hashes: list[int] = []
-        for index, words in enumerate(before.tolist()):
-            state = _join(words) if contexts[index] else 0
-            for row in range(starts[index], starts[index + 1]):
-                state = mix(state ^ tokens[row])
-                hashes.append(state)
-        block = torch.tensor([slot // block_size for slot in slots])
-        offset = torch.tensor([slot % block_size for slot in slots])
-        keys[block, offset] = torch.tensor([_split(state) for state in hashes], dtype=torch.float32)
-        wanted = [hashes[row] % self.vocab_size for row in batch.logit_rows.tolist()]
-        logits = torch.zeros(len(wanted), self.vocab_size)
-        logits[range(len(wanted)), wanted] = CERTAIN
-        return logits
+        """Logits [R, vocabulary] with one token of each row far above the rest. Overwritten by the next call."""
+        keys: npt.NDArray[np.float32] = kv[0, :, 0, 0].numpy()  # [blocks, block_size, WORDS]
+        size = keys.shape[1]
+        contexts, tables, slots = batch.context_lengths.numpy(), batch.block_tables.numpy(), batch.slots.numpy()
+        last = np.maximum(contexts - 1, 0)
+        before = _join(keys[tables[np.arange(len(last)), last // size], last % size])
+        before[contexts == 0] = 0
+        hashes = _chain(before, batch.token_ids.numpy(), batch.query_starts.numpy())
+        keys[slots // size, slots % size] = _split(hashes)
+        return torch.from_numpy(self.logits_of(hashes[batch.logit_rows.numpy()]))
+
+    def logits_of(self, hashes: Bits) -> npt.NDArray[np.float32]:
+        """[hashes, vocabulary]: what follows prefixes with these hashes."""
+        tokens = (hashes % np.uint64(self.vocab_size)).astype(np.int64)
+        if len(tokens) > len(self._logits):
+            self._logits = np.zeros((len(tokens), self.vocab_size), np.float32)
+        else:
+            self._logits[self._hot] = 0.0
+        self._hot = (np.arange(len(tokens)), tokens)
+        self._logits[self._hot] = CERTAIN
+        return self._logits[: len(tokens)]
 
 
-def _split(state: int) -> list[int]:
-    return [state >> 16 * word & 0xFFFF for word in range(WORDS)]
+def _chain(before: Bits, tokens: npt.NDArray[np.int64], starts: npt.NDArray[np.int32]) -> Bits:
+    """Hash of each row's prefix, from that before each sequence's first row."""
+    if len(tokens) == len(before):  # one row each
+        return mix_all(before ^ tokens.astype(np.uint64))
+    hashes: list[int] = []
+    rows, bounds = tokens.tolist(), starts.tolist()
+    for index, state in enumerate(before.tolist()):
+        for token in rows[bounds[index] : bounds[index + 1]]:
+            state = mix(state ^ token)  # noqa: PLW2901 - it runs along the sequence
+            hashes.append(state)
+    return np.array(hashes, np.uint64)
 
 
-def _join(words: list[float]) -> int:
-    return sum(int(value) << 16 * word for word, value in enumerate(words))
+def _split(hashes: Bits) -> npt.NDArray[np.float32]:
+    return (hashes[:, None] >> SHIFTS & LOW_WORD).astype(np.float32)
+
+
+def _join(words: npt.NDArray[np.float32]) -> Bits:
+    joined: Bits = (words.astype(np.uint64) << SHIFTS).sum(-1, dtype=np.uint64)
+    return joined
 
 
 class EmulatedEngine(NativeEngine):

@@ -5,34 +5,77 @@ softmax(logits / T) (Gumbel 1954; Maddison et al., "A* Sampling", arXiv 1411.003
 so a draft proposes the target's very token as often as their distributions allow (Daliri et al., arXiv 2408.07978).
 """
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
 U64 = np.uint64
+Bits = npt.NDArray[np.uint64]
 _GOLDEN = 0x9E3779B97F4A7C15
+_FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
+# Arrays' own operators would make a copy each; these are made once.
+_U_GOLDEN, _U_FIRST, _U_SECOND, _U12, _U27, _U30, _U31 = map(U64, (_GOLDEN, _FIRST, _SECOND, 12, 27, 30, 31))
 
 
 def mix(x: int) -> int:
     """The finaliser of SplitMix64 (Steele et al. 2014) on one 64-bit number."""
     x = (x + _GOLDEN) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    x = ((x ^ (x >> 30)) * _FIRST) & _MASK
+    x = ((x ^ (x >> 27)) * _SECOND) & _MASK
     return x ^ (x >> 31)
 
 
-def _mix_all(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    x = x + U64(_GOLDEN)
-    x = (x ^ (x >> U64(30))) * U64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> U64(27))) * U64(0x94D049BB133111EB)
-    return x ^ (x >> U64(31))
+def mix_all(x: Bits, spare: Bits | None = None) -> Bits:
+    """`mix` of each number, in place. `spare` is scratch memory of the same shape."""
+    spare = np.empty_like(x) if spare is None else spare
+    np.add(x, _U_GOLDEN, out=x)
+    np.right_shift(x, _U30, out=spare)
+    np.bitwise_xor(x, spare, out=x)
+    np.multiply(x, _U_FIRST, out=x)
+    np.right_shift(x, _U27, out=spare)
+    np.bitwise_xor(x, spare, out=x)
+    np.multiply(x, _U_SECOND, out=x)
+    np.right_shift(x, _U31, out=spare)
+    return np.bitwise_xor(x, spare, out=x)
 
 
-def gumbel(seed: int, position: int, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Standard Gumbel noise of each of `tokens` [n] at an absolute position (0: first prompt token)."""
-    key = U64(mix(mix(seed) ^ position))
-    with np.errstate(over="ignore"):
-        bits = _mix_all(tokens.astype(U64) * U64(_GOLDEN) ^ key)
-    uniform = ((bits >> U64(11)).astype(np.float64) + 0.5) * 2.0**-53  # in (0, 1), both ends excluded
+def key_of(seed: int, position: int) -> int:
+    """What the noise of one absolute position (0: first prompt token) hangs on, beside the token."""
+    return mix(mix(seed) ^ position)
+
+
+def gumbel(key: int, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Standard Gumbel noise of each of `tokens` [n], with a key from `key_of`."""
+    return gumbel_of_bits(mix_all((tokens.astype(U64) * _U_GOLDEN) ^ U64(key)))
+
+
+def gumbel_of_bits(bits: Bits) -> npt.NDArray[np.float64]:
+    """Standard Gumbel noise from 64 random bits each."""
+    uniform = ((bits >> _U12).astype(np.float64) + 0.5) * 2.0**-52  # in (0, 1): with 53 bits the last would round to 1
     noise: npt.NDArray[np.float64] = -np.log(-np.log(uniform))
     return noise
+
+
+def bits_of(noise: float) -> np.uint64:
+    """Bits that give at most `noise`: all tokens with more of it have larger bits."""
+    return U64(max(int(math.exp(-math.exp(-noise)) * 2**64) - (1 << 20), 0))  # far more than what rounding can do
+
+
+class NoiseField:
+    """The random bits of a whole vocabulary at several positions at once. Owns the memory it works in."""
+
+    def __init__(self, vocabulary: int, elements: int = 1 << 16) -> None:
+        """`elements`: rows times vocabulary of one block of work, to stay in the processor's cache."""
+        self.rows = max(elements // vocabulary, 1)
+        self._tokens = np.arange(vocabulary, dtype=U64) * _U_GOLDEN
+        self._bits = np.empty((self.rows, vocabulary), U64)
+        self._spare = np.empty_like(self._bits)
+
+    def bits(self, keys: Sequence[int]) -> Bits:
+        """[keys, vocabulary], for at most `rows` keys. Overwritten by the next call."""
+        count = len(keys)
+        bits = np.bitwise_xor(self._tokens, np.array(keys, U64)[:, None], out=self._bits[:count])
+        return mix_all(bits, self._spare[:count])

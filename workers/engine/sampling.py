@@ -4,35 +4,159 @@ A row's token depends on its logits, its request's parameters, its position and 
 Ties go to the lowest token id.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from tidemill.types import SamplingParams, TokenLogprobs
-from workers.engine.noise import gumbel
+from workers.engine.noise import NoiseField, bits_of, gumbel, gumbel_of_bits, key_of
+from workers.engine.penalties import TokenCounts, has_penalties
 
 Floats = npt.NDArray[np.floating]
+Ids = npt.NDArray[np.int64]
+LOWEST_TEMPERATURE = 1e-5  # below it the likeliest token is taken: scores would overflow
 
 
-@dataclass(frozen=True, slots=True)
+class Sampler:
+    """How one sequence chooses: its parameters, and what they need to know of its tokens so far."""
+
+    __slots__ = ("counts", "filtered", "sampling", "seed", "temperature")
+
+    def __init__(self, sampling: SamplingParams, prompt: Iterable[int], output: Iterable[int]) -> None:
+        self.sampling = sampling
+        self.seed = sampling.seed or 0
+        self.temperature = sampling.temperature if sampling.temperature >= LOWEST_TEMPERATURE else 0.0
+        self.filtered = sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.min_p > 0.0
+        self.counts = TokenCounts(prompt, output) if has_penalties(sampling) else None
+
+    @property
+    def greedy(self) -> bool:
+        """True if the likeliest token is taken as it is."""
+        return self.temperature == 0.0 and self.counts is None
+
+    @property
+    def plain(self) -> bool:
+        """True if nothing but temperature and noise comes between logits and token."""
+        return self.counts is None and not self.filtered
+
+    def add(self, token: int) -> None:
+        """A token was decoded."""
+        if self.counts is not None:
+            self.counts.add(token)
+
+
+@dataclass(slots=True)
 class SampleRow:
-    """What is needed beside the logits of one row. `position` is that of the token to be chosen."""
+    """One row of logits whose token is not simply the likeliest."""
 
-    sampling: SamplingParams
-    position: int
-    prompt_length: int
-    tokens: Sequence[int]  # all tokens before it, `position` of them (drafts included)
+    index: int  # of the row
+    sampler: Sampler
+    position: int  # of the token to be chosen
+    drafted: tuple[int, ...] = ()  # tokens before it that the sampler has not been told of
 
 
-def choose(logits: Floats, rows: Sequence[SampleRow]) -> list[int]:
-    """One token for each row of logits [rows, vocabulary]."""
-    tokens: list[int] = logits.argmax(-1).tolist()
-    for index, row in enumerate(rows):
-        if not _plain_greedy(row.sampling):
-            tokens[index] = _choose_one(logits[index], row)
-    return tokens
+class Chooser:
+    """Chooses tokens for an engine's rows. Owns the memory it works in."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self._noise = NoiseField(vocabulary)
+        # Of a whole vocabulary about twenty tokens have more noise than this.
+        self._high_noise = max(math.log(vocabulary / 20), 1.0)
+        self._high_bits = bits_of(self._high_noise - 1e-6)
+
+    def choose(self, best: list[int], logits: Floats, rows: Sequence[SampleRow]) -> None:
+        """Overwrite `best`, the likeliest token of each row of `logits` [rows, vocabulary], where `rows` say so."""
+        plain = [row for row in rows if row.sampler.plain]
+        for start in range(0, len(plain), self._noise.rows):
+            some = plain[start : start + self._noise.rows]
+            indices = [row.index for row in some]
+            first, end = indices[0], indices[-1] + 1
+            values = logits[first:end] if end - first == len(some) else logits[indices]
+            for index, token in zip(indices, self._draw(values, [best[i] for i in indices], some), strict=True):
+                best[index] = token
+        for row in rows:
+            if not row.sampler.plain:
+                best[row.index] = self._choose_one(logits[row.index], row)
+
+    def _choose_one(self, logits: Floats, row: SampleRow) -> int:
+        sampler = row.sampler
+        scores = logits.astype(np.float64)
+        if sampler.counts is not None:
+            sampler.counts.penalise(scores, sampler.sampling, row.drafted)
+        best = int(scores.argmax())
+        if sampler.temperature == 0.0 or not np.isfinite(scores[best]):  # the model is broken, the worker need not be
+            return best
+        if not sampler.filtered:
+            return self._draw(scores[None], [best], [row])[0]
+        scores /= sampler.temperature
+        kept = survivors(scores, sampler.sampling)
+        noise = gumbel(key_of(sampler.seed, row.position), kept)
+        return int(kept[(scores[kept] + noise).argmax()])
+
+    def _draw(self, values: Floats, best: list[int], rows: Sequence[SampleRow]) -> list[int]:
+        """argmax of values / temperature + noise for each row of `values` [rows, vocabulary]; `best` have the largest.
+
+        Exact, though noise is computed for few tokens: a winner does at least as well as the best token with its own
+        noise, so either it has much noise itself, which its random bits tell, or its value is not far below the best.
+        """
+        count = len(rows)
+        bits = self._noise.bits([key_of(row.sampler.seed, row.position) for row in rows])
+        numbers = np.arange(count)
+        temperatures = np.array([row.sampler.temperature for row in rows])
+        to_beat = values[numbers, best] / temperatures + gumbel_of_bits(bits[numbers, best])
+        low = (to_beat - self._high_noise) * temperatures
+        low -= 1e-5 * (np.abs(low) + temperatures)  # far more than what rounding to the values' type can do
+        may_win = values >= low.astype(values.dtype)[:, None]
+        may_win |= bits > self._high_bits
+        may_win[numbers, best] = True
+        found = np.flatnonzero(may_win)
+        starts = np.searchsorted(found, np.arange(count + 1) * values.shape[1])
+        row_of = np.repeat(numbers, np.diff(starts))
+        scores = values.ravel()[found] / temperatures[row_of] + gumbel_of_bits(bits.ravel()[found])
+        tokens, bounds = found - row_of * values.shape[1], starts.tolist()
+        return [int(tokens[bounds[i] + scores[bounds[i] : bounds[i + 1]].argmax()]) for i in range(count)]
+
+
+def survivors(scores: npt.NDArray[np.float64], sampling: SamplingParams) -> Ids:
+    """Token ids that survive top-k, then top-p of what is left, then min-p; ascending. `scores`: logits / temperature.
+
+    As in vLLM: top-p keeps the token that reaches it, min-p is relative to the likeliest. Ties go to the lowest ids.
+    """
+    size = scores.size
+    ids = _largest(scores, sampling.top_k) if 0 < sampling.top_k < size else np.arange(size)
+    if sampling.top_p >= 1.0 and sampling.min_p <= 0.0:
+        return ids
+    weights = np.exp(scores[ids] - scores[ids].max())
+    if sampling.top_p < 1.0:
+        kept = _nucleus(weights, sampling.top_p)
+        ids, weights = ids[kept], weights[kept]
+    return ids[weights >= sampling.min_p] if sampling.min_p > 0.0 else ids
+
+
+def _largest(values: Floats, count: int) -> Ids:
+    """Indices of the `count` largest, ascending; of equal ones the first."""
+    least = np.partition(values, values.size - count)[values.size - count]
+    return _down_to(values, least, count)
+
+
+def _nucleus(weights: npt.NDArray[np.float64], share: float) -> Ids:
+    """Indices of the fewest weights that make up this share of the whole, ascending."""
+    total = weights.sum()
+    # What is left out here is less than half of what the nucleus leaves out, so the nucleus is among the rest.
+    candidates = weights[weights >= (1.0 - share) * total / (2 * weights.size)]
+    ordered = np.sort(candidates)[::-1]
+    count = min(int(np.searchsorted(np.cumsum(ordered), share * total)) + 1, ordered.size)
+    return _down_to(weights, ordered[count - 1], count)
+
+
+def _down_to(values: Floats, least: np.floating, count: int) -> Ids:
+    """Indices of all values above `least`, and of the first that equal it, `count` in all; ascending."""
+    above = np.flatnonzero(values > least)
+    equal = np.flatnonzero(values == least)[: count - above.size]
+    return np.sort(np.concatenate([above, equal]))
 
 
 def log_probabilities(logits: Floats, token: int, top: int) -> TokenLogprobs:
@@ -40,55 +164,8 @@ def log_probabilities(logits: Floats, token: int, top: int) -> TokenLogprobs:
     wide = logits.astype(np.float64)
     wide -= wide.max()
     wide -= np.log(np.exp(wide).sum())
-    order = np.argsort(-wide, kind="stable")[:top]
-    return TokenLogprobs(token, float(wide[token]), tuple((int(i), float(wide[i])) for i in order))
-
-
-def _plain_greedy(sampling: SamplingParams) -> bool:
-    return sampling.temperature == 0 and not _has_penalties(sampling)
-
-
-def _has_penalties(sampling: SamplingParams) -> bool:
-    return sampling.repetition_penalty != 1.0 or sampling.presence_penalty != 0.0 or sampling.frequency_penalty != 0.0
-
-
-def _choose_one(logits: Floats, row: SampleRow) -> int:
-    sampling = row.sampling
-    scores = logits.astype(np.float64)
-    if _has_penalties(sampling):
-        _penalise(scores, row)
-    if sampling.temperature == 0:
-        return int(scores.argmax())
-    scores /= sampling.temperature
-    kept = _filtered(scores, sampling)
-    noise = gumbel(sampling.seed or 0, row.position, kept)
-    return int(kept[(scores[kept] + noise).argmax()])
-
-
-def _penalise(scores: Floats, row: SampleRow) -> None:
-    """In place, in the usual order: repetition over prompt and output, then frequency and presence over the output."""
-    sampling = row.sampling
-    seen = np.unique(np.asarray(row.tokens, dtype=np.int64))
-    values = scores[seen]
-    scores[seen] = np.where(values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty)
-    output = np.asarray(row.tokens[row.prompt_length :], dtype=np.int64)
-    used, counts = np.unique(output, return_counts=True)
-    scores[used] -= sampling.frequency_penalty * counts + sampling.presence_penalty
-
-
-def _filtered(scores: Floats, sampling: SamplingParams) -> npt.NDArray[np.int64]:
-    """Token ids that survive top-k, then top-p of what is left, then min-p; ascending."""
-    size = scores.size
-    if not 0 < sampling.top_k < size and sampling.top_p >= 1.0 and sampling.min_p <= 0.0:
-        return np.arange(size)
-    order = np.argsort(-scores, kind="stable")
-    if 0 < sampling.top_k < size:
-        order = order[: sampling.top_k]
-    weights = np.exp(scores[order] - scores[order[0]])
-    if sampling.top_p < 1.0:
-        cumulative = np.cumsum(weights / weights.sum())
-        order = order[: int(np.searchsorted(cumulative, sampling.top_p)) + 1]  # the one that reaches top_p included
-        weights = weights[: order.size]
-    if sampling.min_p > 0.0:
-        order = order[weights >= sampling.min_p]
-    return np.sort(order)
+    if top == 0:
+        return TokenLogprobs(token, float(wide[token]))
+    ids = _largest(wide, min(top, wide.size))
+    order = ids[np.argsort(-wide[ids], kind="stable")]
+    return TokenLogprobs(token, float(wide[token]), tuple(zip(order.tolist(), wide[order].tolist(), strict=True)))

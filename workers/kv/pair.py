@@ -84,9 +84,9 @@ class Pair:
 
 
 def reason(error: Exception) -> str:
-    """The first line of what torch says, without its source file, short enough for a log and an event."""
+    """The first sentence of what torch says, without its source file, short enough for a log and an event."""
     first = (str(error).splitlines() or [repr(error)])[0]
-    return re.sub(r"^\[[^\]]*\] ", "", first)[:200]
+    return re.sub(r"^\[[^\]]*\] ", "", first).partition(". ")[0][:200]
 
 
 def _meeting_device(store: Store, rank: int, device: torch.device) -> torch.device:
@@ -111,7 +111,8 @@ def _gloo(store: Store, rank: int, host: str, timeout: timedelta) -> Any:
 def _nccl(store: Store, rank: int, _host: str, timeout: timedelta) -> Any:
     from torch.distributed import ProcessGroupNCCL  # noqa: PLC0415 - only CUDA builds have it
 
-    # By default a watchdog ends the process when a peer dies; here that costs a link.
+    # By default waiting returns at once and a watchdog ends the process when a peer dies; here that costs a link.
+    os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     options = ProcessGroupNCCL.Options()
     options._timeout = timeout

@@ -29,6 +29,7 @@ VERSION = 1
 IDLE_S = 600.0  # a receiver gives up a link that is silent for so long; senders close theirs long before
 BUFFERS = 2  # of each link: one being received into, one being copied from
 MAX_LINKS_PER_SENDER = 4  # more than one only while broken ones linger
+JOIN_S = 1.0
 MAX_BLOCKS = 1 << 20  # of one message; a header that says more is not ours
 
 
@@ -85,9 +86,13 @@ class LinkHost:
             link.close()
 
     def close(self) -> None:
-        """End every link and the store; no sender finds it any more."""
+        """End every link and the store, and wait a moment for their threads; no sender finds it any more."""
+        with self._lock:
+            links = list(self._links)
         self.cut()
         self._store = None
+        for link in links:
+            link.join(JOIN_S)
 
 
 class _Incoming:
@@ -101,9 +106,13 @@ class _Incoming:
         self._lock = threading.Lock()
         self._pair: Pair | None = None
         self._closed = False
+        self._thread = threading.Thread(target=self._run, name=f"kv-{name}", daemon=True)
 
     def start(self) -> None:
-        threading.Thread(target=self._run, name=f"kv-{self.name}", daemon=True).start()
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
 
     def close(self) -> None:
         """From any thread."""

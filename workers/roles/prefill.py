@@ -20,7 +20,7 @@ from workers.roles.base import Outbox, fail, for_each, refuse
 
 LINK_BACKLOG_BYTES = 64 << 20  # exported and not yet sent to one peer; more, and its finished blocks stay in the pool
 MAX_BACKLOG_BYTES = 512 << 20  # to all peers; more, and the engine waits
-MAX_MESSAGE_BYTES = 16 << 20  # of one message: bounds the receiver's buffers
+MAX_MESSAGE_BYTES = 4 << 20  # of one message; stays in the cache between the socket and the pool
 BACKLOG_PAUSE_S = 0.002
 LINK_IDLE_S = 300.0  # a link nobody used for so long is closed; half of what its receiver bears with
 

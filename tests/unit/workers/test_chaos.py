@@ -3,10 +3,9 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.benches import Trio
+from tests.support.benches import Trio, half_right
 from tests.support.engines import SMALL, VOCABULARY, one_by_one
 from tests.support.workers import settings_of
-from tests.unit.workers.test_drafts import worse
 from tidemill.core.messages import Cancel, Reserve, Submit
 from tidemill.core.model import Request
 from tidemill.core.settings import SpeculationSettings
@@ -43,7 +42,7 @@ class Run:
     """A trio, and what has been asked of it."""
 
     def __init__(self) -> None:
-        self.trio = Trio(TIGHT, worse)
+        self.trio = Trio(TIGHT, half_right)
         self.asked: set[str] = set()
         self.cancelled: set[str] = set()
         self.passed_on: set[str] = set()

@@ -84,6 +84,13 @@ class TestSubmitted:
         assert bench.tokens("a") == bench.tokens("b") == plain(request_of())
         bench.assert_empty()
 
+    def test_leases_do_not_count_as_a_queue(self) -> None:
+        bench = Bench(Role.VERIFY, settings_of(SMALL.model_copy(update={"max_waiting": 1})))
+        bench.send(Reserve(request_of("leased", 100), 10.0))
+        bench.send(Submit(request_of("a")))
+        bench.drain()
+        assert bench.tokens("a") == plain(request_of())
+
     def test_a_token_outside_the_vocabulary_never_reaches_the_engine(self, bench: Bench) -> None:
         bench.send(Submit(Request("r", (1, VOCABULARY), SamplingParams(seed=1))))
         bench.turn()

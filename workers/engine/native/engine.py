@@ -1,10 +1,12 @@
 """The native engine: continuous batching over one flattened forward pass a step."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence as Tokens
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -13,7 +15,7 @@ from tidemill.core.messages import Draft
 from tidemill.core.model import Request, WorkerLoad
 from tidemill.core.settings import EngineSettings
 from tidemill.core.text import TextStream, load_tokenizer
-from tidemill.types import FinishReason, TokenLogprobs
+from tidemill.types import TokenLogprobs
 from workers.engine.base import (
     EngineInfo,
     KvLayout,
@@ -27,10 +29,11 @@ from workers.engine.base import (
 from workers.engine.native.assembly import assemble, sample_rows
 from workers.engine.native.batch import StepBatch
 from workers.engine.native.model import NativeModel
-from workers.engine.native.pool import ROOT, BlockPool, chain_hash
+from workers.engine.native.pool import BlockPool
 from workers.engine.native.scheduler import Scheduler, Slice
 from workers.engine.native.sequence import Sequence, SequenceState
-from workers.engine.sampling import Floats, choose, log_probabilities
+from workers.engine.native.table import BlockTable
+from workers.engine.sampling import Chooser, Floats, Sampler, log_probabilities
 
 
 class Model(Protocol):
@@ -58,8 +61,9 @@ class NativeEngine:
         self._tokenizer = tokenizer
         self._block_size = settings.block_size
         self._kv = model.new_kv(settings.kv_blocks, settings.block_size)
-        self._pool = BlockPool(settings.kv_blocks, caching=settings.prefix_cache)
-        self._scheduler = Scheduler(self._pool, settings.block_size, settings.max_batch_tokens, settings.max_running)
+        self._pool = BlockPool(settings.kv_blocks, settings.block_size, caching=settings.prefix_cache)
+        self._scheduler = Scheduler(self._pool, settings.max_batch_tokens, settings.max_running)
+        self._chooser = Chooser(model.vocab_size)
         self._sequences: dict[str, Sequence] = {}
         self._steps = 0
         self._step_s = 0.0
@@ -87,80 +91,80 @@ class NativeEngine:
     # --- work in ------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        self._wait(self._new_sequence(request, quota=None))
+        self._scheduler.wait(self._new_sequence(request, quota=None))
 
     def prefill(self, request: Request) -> None:
-        self._wait(self._new_sequence(request, quota=0))
-
-    def _wait(self, sequence: Sequence) -> None:
-        self._sequences[sequence.request.id] = sequence
-        self._scheduler.waiting.append(sequence)
+        self._scheduler.wait(self._new_sequence(request, quota=0))
 
     def _new_sequence(self, request: Request, quota: int | None) -> Sequence:
+        """Known from here on, but in no queue."""
+        sampling, tokens = request.sampling, list(request.tokens)
         if request.id in self._sequences:
             raise ValueError(f"request {request.id} is here already")
-        tokens = list(request.tokens)
+        if not request.prompt:
+            raise ValueError(f"request {request.id} has an empty prompt")
         if len(tokens) >= self.info.context_length:
             raise RequestTooLong(f"{len(tokens)} tokens leave no room in a context of {self.info.context_length}")
-        sequence = Sequence(request, tokens, quota)
-        if quota is None and request.sampling.stop:
+        sampler = Sampler(sampling, request.prompt, request.output)
+        sequence = Sequence(request, tokens, quota, BlockTable(self._pool), sampler)
+        if quota is None and sequence.room <= 0:
+            raise ValueError(f"request {request.id} has its {sampling.max_tokens} tokens already")
+        if quota is None and sampling.stop:
             if self._tokenizer is None:
                 raise ValueError("stop strings need a tokenizer")
-            sequence.text = TextStream(self._tokenizer, request.sampling.stop)
+            sequence.text = TextStream(self._tokenizer, sampling.stop)
             sequence.text.push(request.output)
+        self._sequences[request.id] = sequence
         return sequence
 
     def rewrite(self, request_id: str, output: Tokens[int], quota: int) -> None:
         sequence = self._sequences[request_id]
-        tokens = [*sequence.request.prompt, *output]
-        kept = _common_prefix(sequence.tokens, tokens, sequence.computed)
-        sequence.tokens = tokens
-        sequence.quota = min(quota, self.info.context_length - len(tokens))
-        self._roll_back(sequence, min(kept, len(tokens) - 1))
+        room = self.info.context_length - len(sequence.request.prompt) - len(output)
+        if room < 0:
+            raise ValueError(f"the output is {-room} tokens longer than the context of {self.info.context_length}")
+        if sequence.state is SequenceState.RECEIVING:
+            raise ValueError(f"request {request_id} waits for its KV")
+        sequence.replace_output(list(output), max(min(quota, room), 0))
         if sequence.state is SequenceState.HELD:
-            if sequence in self._scheduler.held:
-                self._scheduler.held.remove(sequence)
-                sequence.state = SequenceState.RUNNING
-                self._scheduler.running.append(sequence)
-            else:  # it was evicted meanwhile
-                sequence.state = SequenceState.WAITING
-                self._scheduler.waiting.append(sequence)
+            self._scheduler.resume(sequence)
 
     def reserve(self, request: Request) -> Reservation:
         sequence = self._new_sequence(request, quota=None)
-        self._scheduler.find_prefix(sequence)
-        needed = -(-request.kv_tokens // self._block_size)
-        first = len(sequence.blocks)
-        try:
-            sequence.blocks += self._pool.allocate(needed - first)
-        except OutOfBlocks:
-            self._pool.release(sequence.blocks)
-            raise
-        sequence.state = SequenceState.RECEIVING
-        self._sequences[request.id] = sequence
-        return Reservation(first, needed)
+        self._scheduler.receive(sequence)
+        sequence.kv.adopt(sequence.tokens)
+        first = len(sequence.kv.blocks)
+        if not self._scheduler.fits(sequence, request.kv_tokens):
+            missing, available = sequence.kv.missing(request.kv_tokens), self._pool.available
+            self.release(request.id)
+            raise OutOfBlocks(f"{missing} KV blocks wanted, {available} available, some of them for growth")
+        sequence.kv.grow(request.kv_tokens)
+        return Reservation(first, len(sequence.kv.blocks))
 
     def import_kv(self, request_id: str, first_block: int, kv: Tensor) -> None:
-        sequence = self._sequences[request_id]
-        count = kv.shape[1]
-        if sequence.state is not SequenceState.RECEIVING:
-            raise ValueError(f"request {request_id} is {sequence.state}, not receiving")
-        if first_block < len(sequence.hashes) or first_block + count > len(sequence.blocks):
+        table, count = self._receiving(request_id).kv, kv.shape[1]
+        if first_block < table.published or first_block + count > len(table.blocks):
             raise ValueError(f"blocks {first_block}..{first_block + count} are not among those reserved")
         if kv.shape[2:] != self._kv.shape[2:] or kv.shape[0] != self._kv.shape[0] or kv.dtype != self._kv.dtype:
             raise ValueError(f"KV is {tuple(kv.shape)} {kv.dtype}, expected blocks of {self.info.kv}")
-        self._kv[:, sequence.blocks[first_block : first_block + count]] = kv.to(self._kv.device)
+        self._kv[:, list(table.blocks[first_block : first_block + count])] = kv.to(self._kv.device)
 
     def activate(self, request_id: str) -> None:
+        sequence = self._receiving(request_id)
+        sequence.kv.advance(sequence.tokens, sequence.request.kv_tokens)
+        self._scheduler.run(sequence)
+
+    def _receiving(self, request_id: str) -> Sequence:
         sequence = self._sequences[request_id]
-        sequence.computed = sequence.request.kv_tokens
-        self._publish(sequence)
-        sequence.state = SequenceState.RUNNING
-        self._scheduler.running.append(sequence)
+        if sequence.state is not SequenceState.RECEIVING:
+            raise ValueError(f"request {request_id} is {sequence.state}, not receiving")
+        return sequence
 
     def export_kv(self, request_id: str, first_block: int, end_block: int) -> Tensor:
-        blocks = self._sequences[request_id].blocks[first_block:end_block]
-        return self._kv[:, blocks].cpu()
+        table = self._sequences[request_id].kv
+        if not 0 <= first_block <= end_block <= -(-table.computed // self._block_size):
+            raise ValueError(f"blocks {first_block}..{end_block} are not all computed: {table.computed} tokens are")
+        blocks = torch.tensor(table.blocks[first_block:end_block].tolist(), dtype=torch.int64, device=self._kv.device)
+        return self._kv.index_select(1, blocks).cpu()
 
     def propose(self, draft: Draft) -> bool:
         sequence = self._sequences.get(draft.request_id)
@@ -181,39 +185,39 @@ class NativeEngine:
     # --- a step -------------------------------------------------------------------------------------------------
 
     def has_work(self) -> bool:
-        return bool(self._scheduler.running or self._scheduler.waiting)
+        return self._scheduler.has_work()
 
     def step(self) -> StepOutput:
         started = time.perf_counter()
         plan = self._scheduler.plan()
+        preempted = tuple(each.request.id for each in plan.preempted)
         if not plan.slices and not plan.reached:
-            return StepOutput(preempted=tuple(each.request.id for each in plan.preempted))
+            return StepOutput(preempted=preempted)
         outputs, progress = self._run(plan.slices) if plan.slices else ([], [])
         progress += [self._report_progress(sequence) for sequence in plan.reached]
+        rows = sum(piece.end - piece.start for piece in plan.slices)
         self._steps += 1
         self._step_s = time.perf_counter() - started
-        return StepOutput(
-            tuple(outputs),
-            tuple(progress),
-            tuple(each.request.id for each in plan.preempted),
-            sum(each.rows for each in plan.slices),
-            self._step_s,
-        )
+        return StepOutput(tuple(outputs), tuple(progress), preempted, rows, self._step_s)
 
     def _run(self, slices: list[Slice]) -> tuple[list[SequenceOutput], list[SequenceProgress]]:
-        logits = self._model.forward(assemble(slices, self._block_size), self._kv).cpu().numpy()
-        chosen = choose(logits, sample_rows(slices))
+        """If the model or the sampling raises, every sequence is as it was."""
+        batch = assemble(slices, self._block_size)
+        logits = self._model.forward(batch, self._kv).cpu().numpy()
+        chosen: list[int] = np.argmax(logits, -1).tolist()
+        to_sample = sample_rows(slices)
+        if to_sample:
+            self._chooser.choose(chosen, logits, to_sample)
         outputs, progress = [], []
         row = 0
-        for each in slices:
-            if each.yields:
-                end = row + 1 + len(each.draft)
-                outputs.append(self._accept(each, chosen[row:end], logits[row:end]))
+        for piece in slices:
+            if piece.yields:
+                end = row + 1 + len(piece.draft)
+                outputs.append(self._accept(piece, chosen[row:end], logits[row:end]))
                 row = end
             else:
-                each.sequence.computed = each.start + each.rows
-                self._publish(each.sequence)
-                progress.append(self._report_progress(each.sequence))
+                piece.sequence.kv.advance(piece.sequence.tokens, piece.end)
+                progress.append(self._report_progress(piece.sequence))
         return outputs, progress
 
     def _accept(self, piece: Slice, chosen: list[int], logits: Floats) -> SequenceOutput:
@@ -225,90 +229,57 @@ class NativeEngine:
         sequence.draft = ()
         tokens: list[int] = []
         logprobs: list[TokenLogprobs] = []
-        finish: FinishReason | None = None
-        wanted = sequence.request.sampling.logprobs
+        accepted, finish = 0, None
+        wanted = sequence.request.sampling.logprobs if sequence.quota is None else None
         for index, token in enumerate(chosen):
             finish = sequence.append(token, self.info.eos_token_ids, self.info.context_length)
             tokens.append(token)
-            if wanted is not None and sequence.quota is None:
+            if wanted is not None:
                 logprobs.append(log_probabilities(logits[index], token, wanted))
-            if finish or sequence.quota == 0 or index >= len(draft) or draft[index] != token:
+            foreseen = index < len(draft) and draft[index] == token
+            accepted += foreseen
+            if finish or sequence.quota == 0 or not foreseen:
                 break
-        sequence.computed = piece.start + piece.rows - len(draft) + len(tokens) - 1
-        self._roll_back(sequence, sequence.computed)
-        self._publish(sequence)
+        sequence.kv.advance(sequence.tokens, piece.start + piece.rows + len(tokens) - 1)
         if finish:
             self.release(sequence.request.id)
-        elif sequence.quota == 0:
-            self._hold(sequence)
-        return SequenceOutput(sequence.request.id, tuple(tokens), tuple(logprobs), len(draft), len(tokens) - 1, finish)
+        else:
+            if draft:
+                sequence.kv.trim()
+            if sequence.quota == 0:
+                self._scheduler.hold(sequence)
+        return SequenceOutput(sequence.request.id, tuple(tokens), tuple(logprobs), len(draft), accepted, finish)
 
     def _report_progress(self, sequence: Sequence) -> SequenceProgress:
         """A sequence with nothing left to compute is held from here on."""
         held = sequence.todo == 0
         if held:
-            self._hold(sequence)
-        return SequenceProgress(sequence.request.id, sequence.computed, held)
-
-    def _hold(self, sequence: Sequence) -> None:
-        self._scheduler.running.remove(sequence)
-        self._scheduler.held.append(sequence)
-        sequence.state = SequenceState.HELD
-
-    def _roll_back(self, sequence: Sequence, computed: int) -> None:
-        """Keep the KV of the first `computed` tokens; blocks past them are freed."""
-        sequence.computed = min(sequence.computed, computed)
-        keep = -(-sequence.computed // self._block_size)
-        sequence.blocks, surplus = sequence.blocks[:keep], sequence.blocks[keep:]
-        self._pool.release(surplus)
-        self._unshare(sequence)
-
-    def _unshare(self, sequence: Sequence) -> None:
-        """A block that becomes partial again will be written to, so it may be neither cached nor shared."""
-        full = sequence.computed // self._block_size
-        if len(sequence.hashes) > full:
-            del sequence.hashes[full:]
-            if len(sequence.blocks) > full:
-                self._pool.release(sequence.blocks[full:])
-                del sequence.blocks[full:]
-                sequence.computed = full * self._block_size
-
-    def _publish(self, sequence: Sequence) -> None:
-        """Enter blocks that have become full of committed tokens into the prefix cache."""
-        for index in range(len(sequence.hashes), sequence.computed // self._block_size):
-            start = index * self._block_size
-            parent = sequence.hashes[-1] if sequence.hashes else ROOT
-            contents = chain_hash(parent, sequence.tokens[start : start + self._block_size])
-            self._pool.publish(sequence.blocks[index], contents)
-            sequence.hashes.append(contents)
+            self._scheduler.hold(sequence)
+        return SequenceProgress(sequence.request.id, sequence.kv.computed, held)
 
     # --- numbers ------------------------------------------------------------------------------------------------
 
     def load(self) -> WorkerLoad:
-        receiving = [each for each in self._sequences.values() if each.state is SequenceState.RECEIVING]
-        computing = [*self._scheduler.waiting, *self._scheduler.running]
+        scheduler = self._scheduler
         return WorkerLoad(
-            queued_requests=len(self._scheduler.waiting),
-            queued_tokens=sum(each.todo for each in computing if not each.decoding),
-            running_requests=len(self._scheduler.running),
+            queued_requests=len(scheduler.waiting),
+            queued_tokens=sum(each.goal for each in scheduler.waiting)
+            + sum(each.todo for each in scheduler.running if not each.decoding),
+            running_requests=len(scheduler.running),
             kv_blocks_total=self._pool.num_blocks,
             kv_blocks_used=self._pool.used,
-            kv_blocks_leased=sum(len(each.blocks) for each in receiving),
+            kv_blocks_leased=sum(len(each.kv.blocks) for each in scheduler.receiving),
             block_size=self._block_size,
             steps=self._steps,
             step_s=self._step_s,
         )
 
     def check(self) -> None:
-        """Raises AssertionError if blocks and sequences do not agree; for tests."""
+        """Raises AssertionError if blocks, sequences and queues do not agree; for tests."""
         self._pool.check()
-        held = [block for each in self._sequences.values() for block in each.blocks]
-        assert len(set(held)) == self._pool.used, "a block is held by nobody"
-
-
-def _common_prefix(left: Tokens[int], right: Tokens[int], limit: int) -> int:
-    """Length of the common prefix, at most `limit`."""
-    for index in range(min(limit, len(left), len(right))):
-        if left[index] != right[index]:
-            return index
-    return min(limit, len(left), len(right))
+        self._scheduler.check()
+        holders = Counter(block for each in self._sequences.values() for block in each.kv.blocks)
+        assert holders == {block: n for block in range(self._pool.num_blocks) if (n := self._pool.references(block))}
+        for each in self._sequences.values():
+            each.kv.check(each.tokens)
+            assert each.kv.computed < len(each.tokens)

@@ -5,10 +5,9 @@ prefix, so it can be taken again by a sequence with that prefix until it is evic
 """
 
 import hashlib
+from array import array
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-
-import numpy as np
 
 from workers.engine.base import OutOfBlocks
 
@@ -17,15 +16,16 @@ ROOT = b""
 
 def chain_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     """Identity of a full block: 128 bits over its own tokens and everything before them."""
-    return hashlib.blake2b(parent + np.asarray(tokens, dtype=np.int64).tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
 class BlockPool:
     """Hands out block numbers; knows nothing of their contents but the hash of the prefix they hold."""
 
-    def __init__(self, num_blocks: int, *, caching: bool = True) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, caching: bool = True) -> None:
         self.num_blocks = num_blocks
-        self._caching = caching
+        self.block_size = block_size
+        self.caching = caching
         self._free = list(range(num_blocks - 1, -1, -1))
         self._references = [0] * num_blocks
         self._hash: list[bytes | None] = [None] * num_blocks
@@ -41,6 +41,10 @@ class BlockPool:
     def used(self) -> int:
         """Blocks some sequence holds."""
         return self.num_blocks - self.available
+
+    def references(self, block: int) -> int:
+        """How many sequences hold a block."""
+        return self._references[block]
 
     def allocate(self, count: int) -> list[int]:
         """Blocks with one reference each and no known contents. Raises OutOfBlocks and allocates nothing."""
@@ -75,32 +79,35 @@ class BlockPool:
                 else:
                     self._cached[block] = None
 
-    def match(self, tokens: Sequence[int], block_size: int, limit: int) -> tuple[list[int], list[bytes]]:
-        """The longest cached prefix of at most `limit` full blocks: a reference to each, and their hashes."""
+    def match(self, hashes: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest cached prefix among these chained hashes, with a reference to each."""
         blocks: list[int] = []
-        hashes: list[bytes] = []
-        parent = ROOT
-        while self._caching and len(blocks) < limit:
-            start = len(blocks) * block_size
-            parent = chain_hash(parent, tokens[start : start + block_size])
-            block = self._by_hash.get(parent)
+        for known in hashes:
+            block = self._by_hash.get(known)
             if block is None:
                 break
             self._references[block] += 1
             self._cached.pop(block, None)
             blocks.append(block)
-            hashes.append(parent)
-        return blocks, hashes
+        return blocks
 
     def publish(self, block: int, contents: bytes) -> None:
         """A held block is full of the prefix with this hash. A second one with the same contents stays private."""
-        if self._caching and self._hash[block] is None and contents not in self._by_hash:
+        if self.caching and self._hash[block] is None and contents not in self._by_hash:
             self._hash[block] = contents
             self._by_hash[contents] = block
+
+    def withdraw(self, block: int) -> bool:
+        """A held block is to be written to again: forget its contents. False if others hold it, so it must not be."""
+        if self._references[block] > 1:
+            return False
+        self._forget(block)
+        return True
 
     def check(self) -> None:
         """Raises AssertionError if the books do not balance; for tests."""
         held = [block for block, count in enumerate(self._references) if count]
+        assert min(self._references) >= 0
         assert len(set(self._free)) == len(self._free)
         assert sorted([*held, *self._free, *self._cached]) == list(range(self.num_blocks))
         assert {block: known for known, block in self._by_hash.items()} == {

@@ -1,11 +1,13 @@
 """One sequence inside the engine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from tidemill.core.model import Request
 from tidemill.core.text import TextStream
 from tidemill.types import FinishReason
+from workers.engine.native.table import BlockTable
+from workers.engine.sampling import Sampler
 
 
 class SequenceState(StrEnum):
@@ -24,16 +26,12 @@ class Sequence:
     request: Request
     tokens: list[int]
     quota: int | None  # tokens still to decode before it is held; None: decode until it finishes
-    state: SequenceState = SequenceState.WAITING
-    computed: int = 0  # tokens whose KV is in `blocks`
-    blocks: list[int] = field(default_factory=list)
-    hashes: list[bytes] = field(default_factory=list)  # of the leading full blocks, published or found in the cache
-    draft: tuple[int, ...] = ()  # to be verified in the next step
+    kv: BlockTable
+    sampler: Sampler
     text: TextStream | None = None  # only where stop strings are looked for
-
-    @property
-    def prompt_length(self) -> int:
-        return len(self.request.prompt)
+    state: SequenceState = SequenceState.WAITING
+    draft: tuple[int, ...] = ()  # to be verified in the next step
+    turn: int = 0  # when it last got rows; the lowest is the one that waited longest
 
     @property
     def goal(self) -> int:
@@ -43,23 +41,24 @@ class Sequence:
     @property
     def todo(self) -> int:
         """Rows until the goal."""
-        return self.goal - self.computed
+        return len(self.tokens) - self.kv.computed - (1 if self.quota == 0 else 0)
 
     @property
     def decoding(self) -> bool:
         """True if its next row yields a token."""
-        return self.state is SequenceState.RUNNING and self.quota != 0 and self.todo == 1
+        return self.quota != 0 and self.kv.computed == len(self.tokens) - 1 and self.state is SequenceState.RUNNING
 
     @property
     def room(self) -> int:
         """Tokens that may still be decoded, by `max_tokens` or the quota."""
         if self.quota is not None:
             return self.quota
-        return self.request.sampling.max_tokens - (len(self.tokens) - self.prompt_length)
+        return self.request.sampling.max_tokens - (len(self.tokens) - len(self.request.prompt))
 
     def append(self, token: int, eos: frozenset[int], context_length: int) -> FinishReason | None:
         """Add a decoded token; says whether the output ends with it."""
         self.tokens.append(token)
+        self.sampler.add(token)
         full = len(self.tokens) >= context_length
         if self.quota is not None:
             self.quota = 0 if full else self.quota - 1
@@ -72,3 +71,28 @@ class Sequence:
             if self.text.stopped:
                 return FinishReason.STOP_STRING
         return FinishReason.LENGTH if full or self.room <= 0 else None
+
+    def replace_output(self, output: list[int], quota: int) -> None:
+        """Other tokens after the prompt, and `quota` to decode after them. Keeps the KV that still fits."""
+        tokens = [*self.request.prompt, *output]
+        common = common_prefix(self.tokens, tokens)
+        self.tokens, self.quota, self.draft = tokens, quota, ()
+        self.sampler = Sampler(self.request.sampling, self.request.prompt, output)
+        self.kv.diverge(common, len(tokens) - 1)
+
+    def take_blocks(self) -> None:
+        """Give its KV up; the tokens stay."""
+        self.kv.clear()
+        self.draft = ()
+
+
+def common_prefix(left: list[int], right: list[int]) -> int:
+    """Length of the common prefix: bisection, because comparing slices is far cheaper than comparing tokens."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

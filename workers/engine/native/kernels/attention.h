@@ -1,9 +1,9 @@
-// Paged attention. Every row sums over keys in tiles of 64 counted from position 0, with the same arithmetic in the same
-// order whether it came alone or with others, as prefill or as decode. Masked keys add exact zeros, and a tile that is
-// masked as a whole changes nothing, so rows of one block may need different numbers of tiles.
+// Paged attention. Every row sums over keys in tiles of 64 counted from position 0, with the same arithmetic in the
+// same order whether it came alone or with others, as prefill or as decode. Masked keys add exact zeros, and a tile
+// that is masked as a whole changes nothing, so rows of one block may need different numbers of tiles.
 //
-// A KV block holds, for each KV head, keys as [head_dim / PAIR][block_size][PAIR] and values as
-// [block_size / PAIR][head_dim][PAIR]: both are operands as they lie, without transposition or horizontal sums.
+// A KV block holds, for each KV head, keys as [head_dim / PAIR][block_size][PAIR] and values as [block_size /
+// PAIR][head_dim][PAIR]: both are operands as they lie, without transposition or horizontal sums.
 #pragma once
 #include <algorithm>
 #include <utility>
@@ -66,8 +66,13 @@ static void tile_scores(const T* query, const KeyTile<T>& tile, const KeyTile<T>
     vfloat acc[R][VECTORS] = {};
     const T* columns[VECTORS];
     for (int c = 0; c < VECTORS; c++) columns[c] = tile.keys[v + c];
-    accumulate(acc, query, shape.head_dim, columns, shape.block_size * PAIR<T>, shape.head_dim,
-               next ? next->keys + v : nullptr);
+    const int64_t stride = shape.block_size * PAIR<T>;
+    if (next)
+      accumulate(acc, query, shape.head_dim, columns, stride, shape.head_dim, [=](int64_t pair) {
+        for (int c = 0; c < VECTORS; c++) fetch_line(next->keys[v + c] + pair * stride);
+      });
+    else
+      accumulate(acc, query, shape.head_dim, columns, stride, shape.head_dim, fetch_nothing);
     for (int r = 0; r < R; r++)
       for (int c = 0; c < VECTORS; c++) store(scores + r * TILE + (v + c) * LANES, acc[r][c] * scale);
   }
@@ -76,7 +81,8 @@ static void tile_scores(const T* query, const KeyTile<T>& tile, const KeyTile<T>
 // Masks, then turns scores into weights and folds the tile into the row's running maximum and total (online softmax,
 // Milakov and Gimelshein 2018). Returns the factor for what was summed before.
 template <typename T>
-static inline __attribute__((always_inline)) float tile_softmax(float* scores, T* weights, int visible, float* maximum, float* total) {
+static inline __attribute__((always_inline)) float tile_softmax(float* scores, T* weights, int visible, float* maximum,
+                                                                float* total) {
   for (int i = std::max(visible, 0); i < TILE; i++) scores[i] = MASKED;
   vfloat top = load(scores);
   for (int v = 1; v < TILE / LANES; v++) top = larger(top, load(scores + v * LANES));
@@ -101,21 +107,24 @@ static inline void tile_values(const T* weights, const KeyTile<T>& tile, const K
   vfloat acc[R][C];
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) acc[r][c] = load(out + r * shape.head_dim + channel + c * LANES) * keep[r];
+  const int64_t stride = shape.head_dim * PAIR<T>;
   for (int v = 0; v * LANES < paired; v++) {
-    const T *columns[C], *ahead[C];
-    for (int c = 0; c < C; c++) {
-      columns[c] = tile.values[v] + (channel + c * LANES) * PAIR<T>;
-      ahead[c] = next ? next->values[v] + (channel + c * LANES) * PAIR<T> : nullptr;
-    }
-    accumulate(acc, weights + v * LANES, TILE, columns, shape.head_dim * PAIR<T>, std::min(LANES, paired - v * LANES),
-               next ? ahead : nullptr);
+    const int keys = std::min(LANES, paired - v * LANES);
+    const T* columns[C];
+    for (int c = 0; c < C; c++) columns[c] = tile.values[v] + (channel + c * LANES) * PAIR<T>;
+    if (next)
+      accumulate(acc, weights + v * LANES, TILE, columns, stride, keys, [=](int64_t pair) {
+        for (int c = 0; c < C; c++) fetch_line(next->values[v] + (channel + c * LANES) * PAIR<T> + pair * stride);
+      });
+    else
+      accumulate(acc, weights + v * LANES, TILE, columns, stride, keys, fetch_nothing);
   }
   for (int r = 0; r < R; r++)
     for (int c = 0; c < C; c++) store(out + r * shape.head_dim + channel + c * LANES, acc[r][c]);
 }
 
-// A last key whose pair holds no other. The other half is cleared in a copy, since what an earlier owner of the block left
-// there may be infinite, and would show even if multiplied by zero.
+// A last key whose pair holds no other. The other half is cleared in a copy, since what an earlier owner of the block
+// left there may be infinite, and would show even if multiplied by zero.
 template <typename T>
 static void copy_tail(const KeyTile<T>& tile, const AttentionShape& shape, T* tail) {
   constexpr int P = PAIR<T>;
@@ -136,12 +145,14 @@ static void add_tail(const T* weight, const T* tail, const AttentionShape& shape
 }
 
 template <typename T, int R>
-static void tile_rows(QueryRows<T>& q, int row, const KeyTile<T>& tile, const KeyTile<T>* next, const AttentionShape& shape) {
+static void tile_rows(QueryRows<T>& q, int row, const KeyTile<T>& tile, const KeyTile<T>* next,
+                      const AttentionShape& shape) {
   float keep[R];
   tile_scores<T, R>(q.query + (int64_t)row * shape.head_dim, tile, next, shape, q.scores);
-  for (int r = 0; r < R; r++)
-    keep[r] = tile_softmax(q.scores + r * TILE, q.weights + r * TILE,
-                           std::min(tile.count, q.position[row + r] + 1 - tile.first), q.maximum + row + r, q.total + row + r);
+  for (int r = 0; r < R; r++) {
+    const int visible = std::min(tile.count, q.position[row + r] + 1 - tile.first);
+    keep[r] = tile_softmax(q.scores + r * TILE, q.weights + r * TILE, visible, q.maximum + row + r, q.total + row + r);
+  }
   float* out = q.out + (int64_t)row * shape.head_dim;
   int d = 0;
   for (; d + VECTORS * LANES <= shape.head_dim; d += VECTORS * LANES)
@@ -152,8 +163,8 @@ static void tile_rows(QueryRows<T>& q, int row, const KeyTile<T>& tile, const Ke
       add_tail(q.weights + r * TILE + tile.count - 1, q.tail, shape, out + (int64_t)r * shape.head_dim);
 }
 
-// All heads of a few tokens of one sequence. `qkv` and `out` are rows of the first of them. A tile of keys passes all KV
-// heads before the next does, because that is the order in which they lie in memory.
+// All heads of a few tokens of one sequence. `qkv` and `out` are rows of the first of them. A tile of keys passes all
+// KV heads before the next does, because that is the order in which they lie in memory.
 template <typename T>
 static void attention_tokens(const T* qkv, T* out, const T* kv, const int32_t* blocks, int first_position, int tokens,
                              const AttentionShape& shape) {
@@ -195,8 +206,8 @@ static void attention_tokens(const T* qkv, T* out, const T* kv, const int32_t* b
   }
 }
 
-// All sequences of a step. Rows of sequence b are starts[b]..starts[b + 1], at positions context[b]...; out [rows, heads,
-// head_dim].
+// All sequences of a step. Rows of sequence b are starts[b]..starts[b + 1], at positions context[b]...; out [rows,
+// heads, head_dim].
 template <typename T>
 static void attention(const T* qkv, T* out, const T* kv, int sequences, const int32_t* starts, const int32_t* context,
                       const int32_t* tables, int table_width, const AttentionShape& shape) {

@@ -45,9 +45,11 @@ static void forward(const Decoder& m, const Step& s) {
     rms_norm<T>(residual, (const T*)w.input_norm, normed, rows, hidden, m.eps);
     linear<T>(normed, (const T*)w.qkv, rows, hidden, panels_of(shape.row_size(), 1),
               Store<T>{qkv, shape.row_size(), w.qkv_bias});
-    rotate_and_keep<T>(qkv, kv, s.positions, s.slots, m.cosines, (const T*)w.q_norm, (const T*)w.k_norm, rows, m.eps, shape);
+    rotate_and_keep<T>(qkv, kv, s.positions, s.slots, m.cosines, (const T*)w.q_norm, (const T*)w.k_norm, rows, m.eps,
+                       shape);
     attention<T>(qkv, mixed, kv, s.sequences, s.starts, s.context, s.tables, s.table_width, shape);
-    linear<T>(mixed, (const T*)w.output, rows, queries, panels_of(hidden, 1), AddTo<T>{residual, hidden, w.output_bias});
+    linear<T>(mixed, (const T*)w.output, rows, queries, panels_of(hidden, 1),
+              AddTo<T>{residual, hidden, w.output_bias});
     rms_norm<T>(residual, (const T*)w.post_norm, normed, rows, hidden, m.eps);
     linear<T>(normed, (const T*)w.gate_up, rows, hidden, panels_of(2 * inner, 2), Gate<T>{gated, inner});
     linear<T>(gated, (const T*)w.down, rows, inner, panels_of(hidden, 1), AddTo<T>{residual, hidden, nullptr});

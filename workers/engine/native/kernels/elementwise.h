@@ -45,8 +45,8 @@ static inline void keep(const T* key, const T* value, T* keys, T* values, int of
   for (int d = 0; d < shape.head_dim; d++) values[d * P] = value[d];
 }
 
-// qkv [rows, (heads + 2 kv_heads) head_dim]: queries are rotated in place; keys, rotated, and values go to their slots of
-// the KV pool. `q_norm`, `k_norm`: per-head norms of Qwen3, or null.
+// qkv [rows, (heads + 2 kv_heads) head_dim]: queries are rotated in place; keys, rotated, and values go to their slots
+// of the KV pool. `q_norm`, `k_norm`: per-head norms of Qwen3, or null.
 template <typename T>
 static void rotate_and_keep(T* qkv, T* kv, const int64_t* positions, const int64_t* slots, const float* cosines,
                             const T* q_norm, const T* k_norm, int64_t rows, float eps, const AttentionShape& shape) {

@@ -7,6 +7,9 @@
 constexpr int PANEL = VECTORS * LANES;  // output columns of a panel
 constexpr int64_t CHUNK = 192;          // rows that pass all panels before the next rows do: their x stays in the cache
 
+constexpr int64_t LINE = 64;                          // bytes of a cache line
+constexpr int64_t PAIR_LINES = PANEL * 4 / LINE;      // of a panel's channel pair, in both types
+
 // Panels of a matrix with `out` rows; with parts = 2 each half of a panel comes from one half of the matrix.
 static inline int64_t panels_of(int64_t out, int parts) { return (out / parts + PANEL / parts - 1) / (PANEL / parts); }
 
@@ -31,8 +34,8 @@ static void pack_linear(const T* w, T* packed, int64_t out, int64_t in, int part
   }
 }
 
-// What becomes of the sums of a row and a panel: Store writes them, AddTo adds them to what is there, Gate takes a panel
-// of gates and a panel of values. `bias` is padded to whole panels, or null.
+// What becomes of the sums of a row and a panel: Store writes them, AddTo adds them to what is there, Gate takes a
+// panel of gates and a panel of values. `bias` is padded to whole panels, or null.
 template <typename Out>
 struct Store {
   Out* y;
@@ -70,16 +73,20 @@ struct Gate {
   }
 };
 
+// `ahead`: what to fetch meanwhile, `lines` cache lines for each channel pair; or null.
 template <typename T, int R, typename Finish>
-static void linear_block(const T* x, int64_t in, const T* panel, bool fetch_next, int64_t first_row, int64_t panel_index,
-                         const Finish& finish) {
+static void linear_block(const T* x, int64_t in, const T* panel, const char* ahead, int lines, int64_t first_row,
+                         int64_t panel_index, const Finish& finish) {
   vfloat acc[R][VECTORS] = {};
-  const T *columns[VECTORS], *next[VECTORS];
-  for (int c = 0; c < VECTORS; c++) {
-    columns[c] = panel + c * LANES * PAIR<T>;
-    next[c] = columns[c] + PANEL * in;
-  }
-  accumulate(acc, x, in, columns, PANEL * PAIR<T>, in, fetch_next ? next : nullptr);
+  const T* columns[VECTORS];
+  for (int c = 0; c < VECTORS; c++) columns[c] = panel + c * LANES * PAIR<T>;
+  if (ahead)
+    accumulate(acc, x, in, columns, PANEL * PAIR<T>, in, [=](int64_t pair) {
+      fetch_line(ahead + pair * lines * LINE);
+      if (lines > 1) fetch_line(ahead + (pair * lines + 1) * LINE);
+    });
+  else
+    accumulate(acc, x, in, columns, PANEL * PAIR<T>, in, fetch_nothing);
   for (int r = 0; r < R; r++) finish(first_row + r, panel_index, acc[r]);
 }
 
@@ -88,16 +95,18 @@ template <typename T, typename Finish>
 static void linear(const T* x, const T* packed, int64_t rows, int64_t in, int64_t panels, const Finish& finish) {
   for (int64_t chunk = 0; chunk < rows; chunk += CHUNK) {
     const int64_t size = std::min(CHUNK, rows - chunk), blocks = (size + MAX_ROWS - 1) / MAX_ROWS;
+    const int lines = blocks < PAIR_LINES ? 2 : 1;
 #pragma omp parallel for schedule(static)
     for (int64_t p = 0; p < panels; p++)
       for (int64_t b = 0; b < blocks; b++) {  // rows are spread evenly over the blocks
         const int64_t first = chunk + b * size / blocks, last = chunk + (b + 1) * size / blocks;
         const T* panel = packed + p * PANEL * in;
-        // A lone block waits for memory and leaves the order of reads to the processor; with several, the first fetches
-        // what comes after the last.
-        const bool fetch_next = b == 0 && blocks > 1;
+        // A lone block waits for memory, and the processor fetches best by itself. Of several, each fetches a part of
+        // the next panel while it computes.
+        const int64_t part = b * in / PAIR<T> * lines * LINE, end = PANEL * in * (int64_t)sizeof(T);
+        const char* ahead = blocks > 1 && part < end ? (const char*)(panel + PANEL * in) + part : nullptr;
         with_rows(last - first, [&](auto count) {
-          linear_block<T, decltype(count)::value>(x + first * in, in, panel, fetch_next, first, p, finish);
+          linear_block<T, decltype(count)::value>(x + first * in, in, panel, ahead, lines, first, p, finish);
         });
       }
   }

@@ -1,6 +1,6 @@
 // Vectors of the processor's width, in GCC/Clang vector extensions: the same source builds for AVX-512, AVX2 and NEON.
-// Intrinsics only where the extensions have no word for it. Built with -ffp-contract=off: a multiplication and an addition
-// are fused where fma() says so and nowhere else, so no two copies of a loop can round differently.
+// Intrinsics only where the extensions have no word for it. Built with -ffp-contract=off: a multiplication and an
+// addition are fused where fma() says so and nowhere else, so no two copies of a loop can round differently.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -199,29 +199,29 @@ static inline vfloat multiply_add(vfloat acc, vuint x, vuint w) {
 #endif
 }
 
-// acc[r][c] += x[r] . w[c] over `channels`. Every element has one accumulator and takes the channels in ascending order,
-// so a row's result does not depend on R. x: rows of `x_stride`; w[c]: a vector of columns x PAIR of a channel pair, the next pair
-// `w_stride` further on. `ahead`: like w, what a later call will read, fetched meanwhile; or null.
-template <typename T, int R, int C>
+// acc[r][c] += x[r] . w[c] over `channels`. Every element has one accumulator and takes the channels in ascending
+// order, so a row's result does not depend on R. x: rows of `x_stride`; w[c]: a vector of columns x PAIR of a channel
+// pair, the next pair `w_stride` further on. `fetch(pair)` is called for each pair, to fetch what later calls will
+// read.
+template <typename T, int R, int C, typename Fetch>
 static inline __attribute__((always_inline)) void accumulate(vfloat (&acc)[R][C], const T* x, int64_t x_stride,
                                                              const T* const (&w)[C], int64_t w_stride, int64_t channels,
-                                                             const T* const* ahead) {
+                                                             Fetch fetch) {
   typedef Operand<T> Op;
-  const auto run = [&](auto fetch) {
-    for (int64_t k = 0; k < channels; k += PAIR<T>) {
-      typename Op::type columns[C];
-      for (int c = 0; c < C; c++) columns[c] = Op::columns(w[c] + k / PAIR<T> * w_stride);
-      if constexpr (decltype(fetch)::value)
-        for (int c = 0; c < C; c++) __builtin_prefetch(ahead[c] + k / PAIR<T> * w_stride, 0, 2);
-      for (int r = 0; r < R; r++) {
-        const typename Op::type row = Op::row(x + r * x_stride + k);
-        for (int c = 0; c < C; c++) acc[r][c] = multiply_add(acc[r][c], row, columns[c]);
-      }
+  for (int64_t pair = 0; pair * PAIR<T> < channels; pair++) {
+    typename Op::type columns[C];
+    for (int c = 0; c < C; c++) columns[c] = Op::columns(w[c] + pair * w_stride);
+    fetch(pair);
+    for (int r = 0; r < R; r++) {
+      const typename Op::type row = Op::row(x + r * x_stride + pair * PAIR<T>);
+      for (int c = 0; c < C; c++) acc[r][c] = multiply_add(acc[r][c], row, columns[c]);
     }
-  };
-  if (ahead) run(std::true_type{});
-  else run(std::false_type{});
+  }
 }
+
+// To the second-level cache.
+static inline void fetch_line(const void* p) { __builtin_prefetch(p, 0, 2); }
+static inline void fetch_nothing(int64_t) {}
 
 // Calls f(std::integral_constant<int, rows>) for 1 <= rows <= MAX_ROWS.
 template <int R = MAX_ROWS, typename F>
