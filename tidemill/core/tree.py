@@ -1,0 +1,94 @@
+"""Token trees: what a draft proposes after the committed tokens of a request."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+ROOT = -1  # stands for the last committed token
+
+
+@dataclass(frozen=True, slots=True)
+class TokenTree:
+    """Node i carries `tokens[i]` and follows node `parents[i]` < i, or the root.
+
+    `chances[i]` estimates how likely the target takes node i given that it took the node's parent; empty: not known.
+    Siblings may carry the same token: independent draws do. Raises ValueError if it is no such tree.
+    """
+
+    tokens: tuple[int, ...] = ()
+    parents: tuple[int, ...] = ()
+    chances: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) != len(self.parents) or len(self.chances) not in (0, len(self.tokens)):
+            raise ValueError(f"{len(self.tokens)} tokens, {len(self.parents)} parents, {len(self.chances)} chances")
+        if not all(ROOT <= parent < node for node, parent in enumerate(self.parents)):
+            raise ValueError(f"a parent comes before its child, or is {ROOT}; parents are {self.parents}")
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int], chances: Sequence[float] = ()) -> "TokenTree":
+        """One token after another."""
+        return cls(tuple(tokens), tuple(range(ROOT, len(tokens) - 1)), tuple(chances))
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def is_chain(self) -> bool:
+        """True if no two nodes share a parent and they come in order."""
+        return all(parent == node - 1 for node, parent in enumerate(self.parents))
+
+    def depths(self) -> list[int]:
+        """Of each node; children of the root have depth 1."""
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(1 if parent == ROOT else depths[parent] + 1)
+        return depths
+
+    def path(self, node: int) -> list[int]:
+        """Nodes from below the root to `node`."""
+        nodes: list[int] = []
+        while node != ROOT:
+            nodes.append(node)
+            node = self.parents[node]
+        return nodes[::-1]
+
+    def child(self, parent: int, token: int) -> int | None:
+        """The child of `parent` that carries `token`."""
+        for node in range(parent + 1, len(self.tokens)):
+            if self.parents[node] == parent and self.tokens[node] == token:
+                return node
+        return None
+
+    def path_chances(self) -> list[float]:
+        """How likely the target takes the whole path to each node; 1 where chances are not known."""
+        chances: list[float] = []
+        for node, parent in enumerate(self.parents):
+            own = self.chances[node] if self.chances else 1.0
+            chances.append(own if parent == ROOT else own * chances[parent])
+        return chances
+
+    def subset(self, nodes: Iterable[int]) -> "TokenTree":
+        """The tree of these nodes, in their order; every node's parent is among them, or is the root."""
+        return self._part(sorted(set(nodes)), ROOT)
+
+    def after(self, tokens: Sequence[int]) -> "TokenTree | None":
+        """What is left of the tree once `tokens` are committed; None if no path carries them all."""
+        root = ROOT
+        for token in tokens:
+            child = self.child(root, token)
+            if child is None:
+                return None
+            root = child
+        below = {root}
+        for node in range(root + 1, len(self.tokens)):
+            if self.parents[node] in below:
+                below.add(node)
+        return self._part(sorted(below - {root}), root)
+
+    def _part(self, nodes: list[int], root: int) -> "TokenTree":
+        place = {root: ROOT} | {node: index for index, node in enumerate(nodes)}
+        return TokenTree(
+            tuple(self.tokens[node] for node in nodes),
+            tuple(place[self.parents[node]] for node in nodes),
+            tuple(self.chances[node] for node in nodes) if self.chances else (),
+        )
