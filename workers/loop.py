@@ -152,6 +152,7 @@ class EngineLoop:
         self._publish(self._clock.monotonic())
 
     def _step(self, now: float) -> None:
+        self._role.before_step(now)
         output = self._engine.step()
         if output.batch_tokens or output.progress:
             now = self._clock.monotonic()

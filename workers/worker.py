@@ -187,7 +187,7 @@ class Worker:
         if self._links is None:
             device, timeout_s = torch.device(self._settings.engine.device), self._settings.deadlines.link_s
             self._links = LinkHost(self._host, engine.info.kv, device, timeout_s, self._kv_came)
-        drafters = DrafterPool(self._settings.speculation, self._service.connect_drafter)
+        drafters = DrafterPool(self._settings.speculation.wait_s, self._service.connect_drafter)
         return VerifyRole(engine, outbox, self._settings, self.metrics, peer, drafters)
 
     def leave(self) -> None:

@@ -137,7 +137,7 @@ class Bench:
             return PrefillRole(engine, outbox, self.settings, self.metrics, self._feed, self.mailbox.deliver)
         if role is Role.DRAFT:
             return DraftRole(engine, outbox, self.settings)
-        pool = DrafterPool(self.settings.speculation, self._connect)
+        pool = DrafterPool(self.settings.speculation.wait_s, self._connect)
         return VerifyRole(engine, outbox, self.settings, self.metrics, Peer(me, "here"), pool)
 
     def leave(self) -> None:

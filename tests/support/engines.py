@@ -9,6 +9,7 @@ import torch
 from tidemill.core.messages import Draft
 from tidemill.core.model import Request
 from tidemill.core.settings import EngineSettings
+from tidemill.core.tree import ROOT, TokenTree
 from tidemill.types import SamplingParams
 from workers.engine.emulated import EmulatedEngine
 from workers.engine.native.config import ModelConfig
@@ -128,7 +129,24 @@ def one_by_one(engine: NativeEngine, requests: Iterable[Request]) -> dict[str, t
     return out
 
 
-Drafter = Callable[[Request, tuple[int, ...]], Sequence[int]]
+def random_tree(rng: random.Random, right: Sequence[int], size: int, vocabulary: int = VOCABULARY) -> TokenTree:
+    """A tree of up to `size` nodes, some path of which begins as `right` does; siblings may repeat a token."""
+    tokens: list[int] = []
+    parents: list[int] = []
+    on_path = {ROOT: 0}  # node -> how many of `right` lead to it
+    for _ in range(rng.randrange(size + 1)):
+        parent = rng.choice([ROOT, *range(len(tokens)), len(tokens) - 1])
+        depth = on_path.get(parent)
+        if depth is not None and depth < len(right) and rng.random() < 0.8:
+            on_path[len(tokens)] = depth + 1
+            tokens.append(right[depth])
+        else:
+            tokens.append(rng.randrange(vocabulary))
+        parents.append(parent)
+    return TokenTree(tuple(tokens), tuple(parents))
+
+
+Drafter = Callable[[Request, tuple[int, ...]], TokenTree]
 
 
 def with_drafts(engine: NativeEngine, requests: Sequence[Request], drafter: Drafter) -> dict[str, tuple[int, ...]]:
@@ -138,9 +156,8 @@ def with_drafts(engine: NativeEngine, requests: Sequence[Request], drafter: Draf
         engine.submit(request)
     while engine.has_work():
         for request in requests:
-            tokens = tuple(drafter(request, out[request.id]))
             base = len(request.prompt) + len(out[request.id])
-            engine.propose(Draft(request.id, base, tokens, tuple(range(-1, len(tokens) - 1))))
+            engine.propose(Draft(request.id, base, drafter(request, out[request.id])))
         for each in engine.step().outputs:
             out[each.request_id] += each.tokens
         engine.check()

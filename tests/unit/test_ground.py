@@ -17,6 +17,7 @@ from tidemill.core.metrics import ROUTER_SERIES, TTFT, WORKER_SERIES, Metrics
 from tidemill.core.model import Peer, Request, Role, WorkerId, WorkerLoad
 from tidemill.core.settings import SettingsError, load_settings
 from tidemill.core.text import TextStream, TokenizerError, load_tokenizer
+from tidemill.core.tree import Shape, TokenTree
 from tidemill.types import FinishReason, SamplingParams, TokenLogprobs
 
 TABLES = [
@@ -161,19 +162,48 @@ def test_reports_survive_the_wire(report: messages.StepReport) -> None:
     assert wire.report_from_pb(wire.report_to_pb(report)) == report
 
 
+shapes = st.builds(Shape, *[st.integers(0, 99)] * 3)
+trees = st.lists(st.tuples(st.integers(0, 2**31), st.integers(0, 99), st.floats(0, 1, width=32)), max_size=9).map(
+    lambda nodes: TokenTree(
+        tuple(token for token, _, _ in nodes),
+        tuple(parent % (index + 1) - 1 for index, (_, parent, _) in enumerate(nodes)),
+        tuple(chance for _, _, chance in nodes),
+    )
+)
+
+
 @given(
     st.builds(
         messages.DraftCall,
         st.integers(0, 2**60),
         st.lists(st.builds(messages.DraftOpen, requests), max_size=3).map(tuple),
-        st.lists(st.builds(messages.DraftAsk, names, st.integers(0, 999), tokens, st.integers(0, 9)), max_size=3).map(
-            tuple
-        ),
+        st.lists(
+            st.builds(messages.DraftAsk, names, st.integers(0, 999), tokens, shapes, st.integers(0, 9)), max_size=3
+        ).map(tuple),
         st.lists(names, max_size=3).map(tuple),
     )
 )
 def test_draft_calls_survive_the_wire(call: messages.DraftCall) -> None:
     assert wire.draft_call_from_pb(wire.draft_call_to_pb(call)) == call
+
+
+@given(
+    st.builds(
+        messages.DraftReply,
+        st.integers(0, 2**60),
+        st.lists(st.builds(messages.Draft, names, st.integers(0, 999), trees, st.integers(0, 2**61)), max_size=3).map(
+            tuple
+        ),
+        st.lists(names, max_size=3).map(tuple),
+    )
+)
+def test_draft_replies_survive_the_wire(reply: messages.DraftReply) -> None:
+    assert wire.draft_reply_from_pb(wire.draft_reply_to_pb(reply)) == reply
+
+
+def test_a_tree_that_is_none_is_refused() -> None:
+    with pytest.raises(ValueError, match="a parent comes before its child"):
+        wire.draft_reply_from_pb(wire.pb.DraftReply(drafts=[wire.pb.Draft(tokens=[1], parents=[0])]))
 
 
 def test_unknown_kinds_are_refused() -> None:

@@ -72,7 +72,7 @@ class WorkerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drafts(self, request_iterator, context):
-        """One stream per verify and draft worker: one call and one reply a step.
+        """One stream per verify and draft worker: at most one call and one reply a step.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

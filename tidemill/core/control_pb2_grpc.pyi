@@ -34,7 +34,7 @@ class WorkerStub:
     Attach: _grpc.StreamStreamMultiCallable[_control_pb2.Command, _control_pb2.StepReport]
     """One stream per router and worker: commands one way, one report per turn of the engine loop the other."""
     Drafts: _grpc.StreamStreamMultiCallable[_control_pb2.DraftCall, _control_pb2.DraftReply]
-    """One stream per verify and draft worker: one call and one reply a step."""
+    """One stream per verify and draft worker: at most one call and one reply a step."""
     OpenLink: _grpc.UnaryUnaryMultiCallable[_control_pb2.OpenLinkRequest, _control_pb2.OpenLinkReply]
     """A prefill worker announces the KV link it is about to open; the answer says where to meet."""
     Describe: _grpc.UnaryUnaryMultiCallable[_control_pb2.DescribeRequest, _control_pb2.Description]
@@ -48,7 +48,7 @@ class WorkerAsyncStub(WorkerStub):
     Attach: _aio.StreamStreamMultiCallable[_control_pb2.Command, _control_pb2.StepReport]  # type: ignore[assignment]
     """One stream per router and worker: commands one way, one report per turn of the engine loop the other."""
     Drafts: _aio.StreamStreamMultiCallable[_control_pb2.DraftCall, _control_pb2.DraftReply]  # type: ignore[assignment]
-    """One stream per verify and draft worker: one call and one reply a step."""
+    """One stream per verify and draft worker: at most one call and one reply a step."""
     OpenLink: _aio.UnaryUnaryMultiCallable[_control_pb2.OpenLinkRequest, _control_pb2.OpenLinkReply]  # type: ignore[assignment]
     """A prefill worker announces the KV link it is about to open; the answer says where to meet."""
     Describe: _aio.UnaryUnaryMultiCallable[_control_pb2.DescribeRequest, _control_pb2.Description]  # type: ignore[assignment]
@@ -71,7 +71,7 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_control_pb2.DraftCall],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_control_pb2.DraftReply], _abc.AsyncIterator[_control_pb2.DraftReply]]:
-        """One stream per verify and draft worker: one call and one reply a step."""
+        """One stream per verify and draft worker: at most one call and one reply a step."""
 
     @_abc_1.abstractmethod
     def OpenLink(

@@ -3,13 +3,14 @@
 A router and a worker share one long-lived stream. The router sends commands; the worker answers each turn of its
 engine loop with at most one `StepReport`, which carries the events of all of that router's requests.
 A prefill worker talks to a verify worker over the KV link only; a verify worker asks a draft worker for drafts over a
-stream of their own, one `DraftCall` and one `DraftReply` a step.
+stream of their own, at most one `DraftCall` and one `DraftReply` a step.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 from tidemill.core.model import Peer, Request, Role, WorkerId, WorkerLoad
+from tidemill.core.tree import Shape, TokenTree
 from tidemill.types import FinishReason, TokenLogprobs
 
 
@@ -173,23 +174,18 @@ class DraftOpen:
 
 @dataclass(frozen=True, slots=True)
 class DraftAsk:
-    """The request's newly committed tokens, and how many draft tokens are wanted after them.
+    """The request's newly committed tokens, and what is wanted after them.
 
-    `tokens` follow position `base` (0 = first prompt token): committed length is `base + len(tokens)`. An ask whose
-    base lies past what the drafter knows is answered with an empty draft.
+    `tokens` follow position `base` (0 = first prompt token): committed length is `base + len(tokens)`. The tree of
+    `shape` is sent as soon as it is there. Then the draft worker goes on, without being asked, to what may be wanted
+    after the verdict on it, and sends that too: `ahead` times as much again.
     """
 
     request_id: str
     base: int
     tokens: tuple[int, ...]
-    want: int
-
-
-@dataclass(frozen=True, slots=True)
-class DraftClose:
-    """The request is over, or drafts no longer wanted."""
-
-    request_id: str
+    shape: Shape
+    ahead: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,23 +200,23 @@ class DraftCall:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A token tree after `base` committed tokens; node i's parent is `parents[i]` < i, -1 stands for the last committed
-    token. A chain has parents (-1, 0, 1, ...). It counts only if the request still has `base` committed tokens.
+    """A token tree after the first `base` tokens of a request; `prefix` is their `prefix_hash`.
+
+    It is of use as long as the request's tokens begin with those `base`, and go on along one of the tree's paths.
     """
 
     request_id: str
     base: int
-    tokens: tuple[int, ...]
-    parents: tuple[int, ...]
-
-    @property
-    def is_chain(self) -> bool:
-        return all(parent == i - 1 for i, parent in enumerate(self.parents))
+    tree: TokenTree
+    prefix: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class DraftReply:
-    """Answer to the `DraftCall` of the same round."""
+    """All calls up to `round` were carried out. Drafts come as they are ready, so some belong to later calls already,
+    and some come unasked. The draft worker has lost track of the requests in `lost`, and will draft no more for them.
+    """
 
     round: int
-    drafts: tuple[Draft, ...] = field(default=())
+    drafts: tuple[Draft, ...] = ()
+    lost: tuple[str, ...] = ()

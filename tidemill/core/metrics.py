@@ -125,8 +125,16 @@ DRAFTED = _counter("draft_tokens_total", "Draft tokens verified.", "None: drafts
 ACCEPTED = _counter("accepted_tokens_total", "Draft tokens accepted.", "Falling share: the draft fits the load less.")
 VERIFIES = _counter("verify_steps_total", "Sequences verified or decoded, one a step.", "Base of tokens per verify.")
 DRAFT_ROUNDS = _counter(
-    "draft_rounds_total", "Asks for drafts by result: used, late, stale, lost.",
+    "draft_rounds_total", "Asks for drafts by result: answered in time, late, or lost with the draft worker.",
     "Late: raise speculation.wait_s or add draft workers.", "result",
+)  # fmt: skip
+DRAFT_TREES = _counter(
+    "draft_trees_total", "Trees that came from draft workers: fresh, a branch that still fits, stale, or foreign.",
+    "Stale: the draft workers are too far away or too slow for the verify step.", "fate",
+)  # fmt: skip
+DRAFTS_USED = _counter(
+    "drafts_used_total", "Trees verified, by source, and whether they were fresh or a branch of an earlier one.",
+    "Branches are round trips that nobody waited for.", "source", "fate",
 )  # fmt: skip
 ERRORS = _counter("worker_errors_total", "Requests a worker gave up, by failure.", "See the worker's log.", "failure")
 REPORTS = _counter("worker_reports_total", "Messages sent to routers: at most one a turn and router.", "Follows steps.")
@@ -137,7 +145,8 @@ ROUTER_SERIES = (
 )  # fmt: skip
 WORKER_SERIES = (
     STEPS, STEP_TIME, STEP_TOKENS, WORKER_QUEUED, WORKER_RUNNING, PREEMPTIONS, KV_BLOCKS, KV_BLOCKS_USED,
-    KV_BLOCKS_LEASED, LEASES, TRANSFER_BYTES, TRANSFER_TIME, DRAFTED, ACCEPTED, VERIFIES, DRAFT_ROUNDS, ERRORS, REPORTS,
+    KV_BLOCKS_LEASED, LEASES, TRANSFER_BYTES, TRANSFER_TIME, DRAFTED, ACCEPTED, VERIFIES, DRAFT_ROUNDS, DRAFT_TREES,
+    DRAFTS_USED, ERRORS, REPORTS,
 )  # fmt: skip
 
 

@@ -117,12 +117,21 @@ class SplitSettings(Section):
 
 
 class SpeculationSettings(Section):
-    """Drafts from the draft pool."""
+    """Drafts, and how much of them is verified."""
 
     enabled: bool = True
-    """Off: no drafts are asked for, whatever pools.draft is."""
-    max_draft_tokens: Annotated[int, Field(ge=1, le=16)] = 4
-    """Length of a draft chain."""
+    """Off: nothing is drafted, whatever pools.draft is."""
+    strategy: Literal["chain", "beam", "heap", "static"] = "heap"
+    """How a draft worker's trees grow: one token after another; level by level; the likeliest nodes first; or the shape
+    that is best for the measured acceptance."""
+    max_depth: Annotated[int, Field(ge=1, le=16)] = 8
+    """Levels of a tree that a step verifies."""
+    width: Annotated[int, Field(ge=1, le=16)] = 3
+    """Children of a node."""
+    max_nodes: Annotated[int, Field(ge=1, le=64)] = 16
+    """Nodes of a tree that a step verifies."""
+    ahead: Annotated[int, Field(ge=0, le=4)] = 1
+    """How many rounds a draft worker drafts on while a tree is being verified. 0: it waits for the verdict."""
     max_batch: Count = 8
     """With more decoding requests on a verify worker none of them drafts: verifying would cost more than it saves."""
     wait_s: Annotated[float, Field(ge=0)] = 0.02

@@ -4,6 +4,31 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 ROOT = -1  # stands for the last committed token
+_PRIME, _FACTOR = (1 << 61) - 1, 0x1B873593CC9E2D51 % ((1 << 61) - 1)
+
+
+def prefix_hash(tokens: Iterable[int], before: int = 0) -> int:
+    """Tells one sequence of tokens from another, 61 bits; `before` is the hash of what they follow.
+
+    A polynomial over the tokens (Rabin and Karp 1987): cheap to carry on by a few tokens, and the same everywhere.
+    """
+    state = before
+    for token in tokens:
+        state = (state * _FACTOR + token + 1) % _PRIME
+    return state
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Bounds of a tree: levels, children of a node, nodes in all."""
+
+    depth: int
+    width: int
+    nodes: int
+
+    def times(self, rounds: int) -> "Shape":
+        """Room for this much more than once: after each round comes a token that the target chose alone."""
+        return Shape(self.depth * rounds + rounds - 1, self.width, self.nodes * rounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +96,13 @@ class TokenTree:
         """The tree of these nodes, in their order; every node's parent is among them, or is the root."""
         return self._part(sorted(set(nodes)), ROOT)
 
+    def up_to(self, depth: int) -> "TokenTree":
+        """Its nodes of at most this depth."""
+        depths = self.depths()
+        if not depths or max(depths) <= depth:
+            return self
+        return self.subset(node for node, own in enumerate(depths) if own <= depth)
+
     def after(self, tokens: Sequence[int]) -> "TokenTree | None":
         """What is left of the tree once `tokens` are committed; None if no path carries them all."""
         root = ROOT
@@ -92,3 +124,6 @@ class TokenTree:
             tuple(place[self.parents[node]] for node in nodes),
             tuple(self.chances[node] for node in nodes) if self.chances else (),
         )
+
+
+EMPTY = TokenTree()

@@ -27,6 +27,7 @@ from tidemill.core.messages import (
     Tokens,
 )
 from tidemill.core.model import Peer, Request, Role, WorkerId, WorkerLoad
+from tidemill.core.tree import Shape, TokenTree
 from tidemill.types import FinishReason, SamplingParams, TokenLogprobs
 
 _LOAD_FIELDS = tuple(field.name for field in fields(WorkerLoad))
@@ -233,7 +234,14 @@ def draft_call_to_pb(call: DraftCall) -> pb.DraftCall:
         round=call.round,
         opens=[request_to_pb(each.request) for each in call.opens],
         asks=[
-            pb.DraftAsk(request_id=ask.request_id, base=ask.base, tokens=ask.tokens, want=ask.want) for ask in call.asks
+            pb.DraftAsk(
+                request_id=ask.request_id,
+                base=ask.base,
+                tokens=ask.tokens,
+                shape=pb.Shape(depth=ask.shape.depth, width=ask.shape.width, nodes=ask.shape.nodes),
+                ahead=ask.ahead,
+            )
+            for ask in call.asks
         ],
         closes=call.closes,
     )
@@ -243,7 +251,16 @@ def draft_call_from_pb(message: pb.DraftCall) -> DraftCall:
     return DraftCall(
         message.round,
         tuple(DraftOpen(request_from_pb(each)) for each in message.opens),
-        tuple(DraftAsk(ask.request_id, ask.base, tuple(ask.tokens), ask.want) for ask in message.asks),
+        tuple(
+            DraftAsk(
+                ask.request_id,
+                ask.base,
+                tuple(ask.tokens),
+                Shape(ask.shape.depth, ask.shape.width, ask.shape.nodes),
+                ask.ahead,
+            )
+            for ask in message.asks
+        ),
         tuple(message.closes),
     )
 
@@ -252,14 +269,32 @@ def draft_reply_to_pb(reply: DraftReply) -> pb.DraftReply:
     return pb.DraftReply(
         round=reply.round,
         drafts=[
-            pb.Draft(request_id=each.request_id, base=each.base, tokens=each.tokens, parents=each.parents)
+            pb.Draft(
+                request_id=each.request_id,
+                base=each.base,
+                tokens=each.tree.tokens,
+                parents=each.tree.parents,
+                chances=each.tree.chances,
+                prefix=each.prefix,
+            )
             for each in reply.drafts
         ],
+        lost=reply.lost,
     )
 
 
 def draft_reply_from_pb(message: pb.DraftReply) -> DraftReply:
+    """Raises ValueError if a tree is none."""
     return DraftReply(
         message.round,
-        tuple(Draft(each.request_id, each.base, tuple(each.tokens), tuple(each.parents)) for each in message.drafts),
+        tuple(
+            Draft(
+                each.request_id,
+                each.base,
+                TokenTree(tuple(each.tokens), tuple(each.parents), tuple(each.chances)),
+                each.prefix,
+            )
+            for each in message.drafts
+        ),
+        tuple(message.lost),
     )

@@ -5,7 +5,7 @@ sequence that can advance. A sequence is in one of these states:
 
     WAITING    admitted, no blocks yet (or preempted: its KV will be computed again)
     RUNNING    computing its prompt in chunks, then decoding
-    HELD       its quota of new tokens is used up; KV stays until `rewrite` or `release`
+    HELD       KV of all tokens but the last is here; a token tree may grow from them, until `release`
     RECEIVING  blocks are reserved for KV that comes from another worker; computed by nobody here
 
 The engine owns all KV blocks. `release` frees a sequence's blocks at once, in any state.
@@ -19,6 +19,7 @@ import torch
 
 from tidemill.core.messages import Draft
 from tidemill.core.model import Request, WorkerLoad
+from tidemill.core.tree import EMPTY, TokenTree
 from tidemill.types import FinishReason, TokenLogprobs
 
 
@@ -95,12 +96,21 @@ class SequenceProgress:
 
 
 @dataclass(frozen=True, slots=True)
+class GrowingTree:
+    """A tree that is being drafted; nodes in `done` were computed, or cannot be. ROOT is one of them."""
+
+    tree: TokenTree = EMPTY
+    done: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class StepOutput:
     """What one step did."""
 
     outputs: tuple[SequenceOutput, ...] = ()
     progress: tuple[SequenceProgress, ...] = ()
     preempted: tuple[str, ...] = ()
+    grown: tuple[str, ...] = ()  # requests whose trees were attended to
     batch_tokens: int = 0  # rows of the flattened forward
     seconds: float = 0.0
 
@@ -122,11 +132,29 @@ class Engine(Protocol):
         """Compute the KV of `request.kv_tokens` tokens, report progress, then hold. Raises RequestTooLong."""
         ...
 
-    def rewrite(self, request_id: str, output: Sequence[int], quota: int) -> None:
-        """Replace the output of a HELD or RUNNING sequence, keep the KV of the common prefix, and decode `quota` more.
+    def follow(self, request_id: str, output: Sequence[int]) -> None:
+        """The output of a sequence that was prefilled is this now: keep the KV of the common prefix.
 
-        Decoding goes on whatever stop conditions say, then the sequence is HELD again. Raises KeyError if unknown.
+        If it is longer than before, so much of its tree stays as follows it. Raises KeyError if unknown, ValueError if
+        the context is too short.
         """
+        ...
+
+    def grow(self, request_id: str, nodes: Sequence[int], width: int) -> bool:
+        """Have the next step compute nodes of a HELD sequence's tree and add the `width` likeliest children of each.
+
+        ROOT stands for the sequence's last token. A child's chance is how likely the model takes it, or thereabouts if
+        it samples: then those that win with the request's own noise come first. False, and nothing happens, if the
+        sequence is not HELD. Raises KeyError if unknown.
+        """
+        ...
+
+    def growth(self, request_id: str) -> GrowingTree:
+        """The tree of a sequence, if it has one. Raises KeyError if unknown."""
+        ...
+
+    def foresee(self, request_ids: Sequence[str], depth: int, width: int, layers: int) -> dict[str, TokenTree]:
+        """Draft with the model's first `layers` for those of the requests that decode now; nothing else changes."""
         ...
 
     def reserve(self, request: Request) -> Reservation:

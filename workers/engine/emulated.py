@@ -4,6 +4,8 @@ The token after a prefix is a hash of the whole prefix, read back through the KV
 block or a stale import gives other tokens, so identity can be checked. Steps take no time but the bookkeeping's.
 """
 
+from itertools import pairwise
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -41,6 +43,8 @@ class HashModel:
     def forward(self, batch: StepBatch, kv: Tensor) -> Tensor:
         """Logits [R, vocabulary] with one token of each row far above the rest. Overwritten by the next call."""
         keys: npt.NDArray[np.float32] = kv[0, :, 0, 0].numpy()  # [blocks, block_size, WORDS]
+        if batch.copy_rows.numel():
+            return torch.from_numpy(self.logits_of(_chain_trees(keys, batch)[batch.logit_rows.numpy()]))
         size = keys.shape[1]
         contexts, tables, slots = batch.context_lengths.numpy(), batch.block_tables.numpy(), batch.slots.numpy()
         last = np.maximum(contexts - 1, 0)
@@ -73,6 +77,26 @@ def _chain(before: Bits, tokens: npt.NDArray[np.int64], starts: npt.NDArray[np.i
             state = mix(state ^ token)  # noqa: PLW2901 - it runs along the sequence
             hashes.append(state)
     return np.array(hashes, np.uint64)
+
+
+def _chain_trees(keys: npt.NDArray[np.float32], batch: StepBatch) -> Bits:
+    """As `forward` and `_chain`, one run of rows after another, since one may begin where another has just been."""
+    size = keys.shape[1]
+    slots = batch.slots.tolist()
+    others: dict[int, list[int]] = {}
+    for row, slot in zip(batch.copy_rows.tolist(), batch.copy_slots.tolist(), strict=True):
+        others.setdefault(row, []).append(slot)
+    hashes = np.empty(len(slots), np.uint64)
+    for index, (first, end) in enumerate(pairwise(batch.query_starts.tolist())):
+        before = int(batch.context_lengths[index]) - 1
+        block = int(batch.block_tables[index, max(before, 0) // size])
+        state = int(_join(keys[block, before % size])) if before >= 0 else 0
+        for row in range(first, end):
+            state = mix(state ^ int(batch.token_ids[row]))
+            hashes[row] = state
+            for slot in (slots[row], *others.get(row, ())):
+                keys[slot // size, slot % size] = _split(hashes[row : row + 1])[0]
+    return hashes
 
 
 def _split(hashes: Bits) -> npt.NDArray[np.float32]:

@@ -17,6 +17,7 @@ from workers.engine.penalties import TokenCounts, has_penalties
 
 Floats = npt.NDArray[np.floating]
 Ids = npt.NDArray[np.int64]
+Ranking = tuple[list[int], list[float]]  # tokens, best first, and the chance of each
 LOWEST_TEMPERATURE = 1e-5  # below it the likeliest token is taken: scores would overflow
 
 
@@ -99,25 +100,75 @@ class Chooser:
     def _draw(self, values: Floats, best: list[int], rows: Sequence[SampleRow]) -> list[int]:
         """argmax of values / temperature + noise for each row of `values` [rows, vocabulary]; `best` have the largest.
 
-        Exact, though noise is computed for few tokens: a winner does at least as well as the best token with its own
-        noise, so either it has much noise itself, which its random bits tell, or its value is not far below the best.
+        Exact, though noise is computed for few tokens: see `_contenders`.
+        """
+        likeliest = np.array(best)[:, None]
+        contenders = self._contenders(values, likeliest, rows)
+        return [int(tokens[scores.argmax()]) for tokens, scores in contenders]
+
+    def _contenders(self, values: Floats, likeliest: Ids, rows: Sequence[SampleRow]) -> list[tuple[Ids, Floats]]:
+        """Of each row of `values` [rows, vocabulary] the tokens, ascending, that may be among the k that score highest,
+        and their scores: value / temperature + noise. `likeliest` [rows, k] have the largest values.
+
+        The k best score at least as high as the worst of the likeliest. So a token that is one of them either has much
+        noise, which its random bits tell, or its value is not far below.
         """
         count = len(rows)
         bits = self._noise.bits([key_of(row.sampler.seed, row.position) for row in rows])
         numbers = np.arange(count)
         temperatures = np.array([row.sampler.temperature for row in rows])
-        to_beat = values[numbers, best] / temperatures + gumbel_of_bits(bits[numbers, best])
+        at = numbers[:, None]
+        to_beat = (values[at, likeliest] / temperatures[:, None] + gumbel_of_bits(bits[at, likeliest])).min(1)
         low = (to_beat - self._high_noise) * temperatures
         low -= 1e-5 * (np.abs(low) + temperatures)  # far more than what rounding to the values' type can do
         may_win = values >= low.astype(values.dtype)[:, None]
         may_win |= bits > self._high_bits
-        may_win[numbers, best] = True
+        may_win[at, likeliest] = True
         found = np.flatnonzero(may_win)
         starts = np.searchsorted(found, np.arange(count + 1) * values.shape[1])
         row_of = np.repeat(numbers, np.diff(starts))
         scores = values.ravel()[found] / temperatures[row_of] + gumbel_of_bits(bits.ravel()[found])
         tokens, bounds = found - row_of * values.shape[1], starts.tolist()
-        return [int(tokens[bounds[i] + scores[bounds[i] : bounds[i + 1]].argmax()]) for i in range(count)]
+        return [(tokens[bounds[i] : bounds[i + 1]], scores[bounds[i] : bounds[i + 1]]) for i in range(count)]
+
+    def rank(self, logits: Floats, rows: Sequence[SampleRow], count: int) -> list[Ranking]:
+        """The `count` tokens each row of `logits` [rows, vocabulary] would choose first, best first, and a chance each.
+
+        The chance is the model's own probability where the likeliest token is taken. With noise it says how far apart
+        the scores are: it is their softmax over the tokens that come near the best.
+        """
+        count = min(count, logits.shape[1])
+        ranked: list[Ranking | None] = [None] * len(rows)
+        sampled = [row for row in rows if row.sampler.plain and row.sampler.temperature > 0.0]
+        for start in range(0, len(sampled), self._noise.rows):
+            some = sampled[start : start + self._noise.rows]
+            values = logits[[row.index for row in some]]
+            likeliest = np.argpartition(values, -count, axis=1)[:, -count:]
+            for row, (tokens, scores) in zip(some, self._contenders(values, likeliest, some), strict=True):
+                ranked[row.index] = _best(tokens, scores, count)
+        return [each or self._rank_one(logits[index], rows[index], count) for index, each in enumerate(ranked)]
+
+    def _rank_one(self, logits: Floats, row: SampleRow, count: int) -> Ranking:
+        sampler = row.sampler
+        scores = logits.astype(np.float64)
+        if sampler.counts is not None:
+            sampler.counts.penalise(scores, sampler.sampling, row.drafted)
+        if sampler.temperature == 0.0:
+            return _best(np.arange(scores.size), scores, count)
+        scores /= sampler.temperature
+        kept = survivors(scores, sampler.sampling)
+        return _best(kept, scores[kept] + gumbel(key_of(sampler.seed, row.position), kept), count)
+
+
+def _best(tokens: Ids, scores: Floats, count: int) -> Ranking:
+    """The tokens with the highest scores, the first of equals first, and the softmax of all scores at them."""
+    if tokens.size > count:
+        among = np.flatnonzero(scores >= np.partition(scores, -count)[-count])
+    else:
+        among = np.arange(tokens.size)
+    order = among[np.argsort(-scores[among], kind="stable")][:count]
+    weights = np.exp(scores - scores[order[0]])
+    return tokens[order].tolist(), (weights[order] / weights.sum()).tolist()
 
 
 def survivors(scores: npt.NDArray[np.float64], sampling: SamplingParams) -> Ids:

@@ -50,6 +50,10 @@ class WorkerRole(Protocol):
         """The next deadline, if one is near enough to matter before the next heartbeat."""
         ...
 
+    def before_step(self, now: float) -> None:
+        """The engine is about to step."""
+        ...
+
     def after_step(self, output: StepOutput, now: float) -> None:
         """Turn what the step did into events."""
         ...

@@ -1,7 +1,10 @@
-"""Draft: keep the small model's KV of each request and propose what comes next.
+"""Draft: keep the small model's KV of each request and grow the tree of what may come next.
 
-The draft samples with the request's own parameters and noise, so its choice is the target's wherever the two models
+The draft chooses with the request's own parameters and noise, so its choice is the target's wherever the two models
 agree. Its words change the speed of a request, never its tokens.
+
+    call -> committed tokens -> the tree is re-rooted -> grows to the shape asked for -> sent
+                                                      -> grows on, ahead of the verdict -> sent again, unasked
 """
 
 from collections.abc import Callable, Sequence
@@ -10,33 +13,52 @@ from dataclasses import dataclass, field, replace
 from tidemill.core.messages import Cancel, Command, Draft, DraftAsk, DraftCall, DraftReply, Failure, Refusal
 from tidemill.core.model import Request, Role
 from tidemill.core.settings import Settings
+from tidemill.core.tree import ROOT, Shape, prefix_hash
 from tidemill.types import SamplingParams
-from workers.engine.base import Engine, RequestTooLong, StepOutput
+from workers.engine.base import Engine, GrowingTree, RequestTooLong, StepOutput
 from workers.roles.base import Outbox, for_each, refuse
+from workers.speculation.frontier import Strategy, frontier, worth_sending
+from workers.speculation.ranks import RankAcceptance
 
 Reply = Callable[[DraftReply], None]
 Key = tuple[int, str]  # stream and request: two verify workers may carry the same request
 
+MAX_WIDTH, MAX_NODES, MAX_DEPTH = 16, 256, 64  # of a tree, whatever is asked for
+
 
 @dataclass(slots=True, eq=False)
 class Drafting:
-    """What the draft worker knows of a request: its tokens so far."""
+    """What the draft worker knows of a request: its tokens so far, and what is wanted after them."""
 
     request: Request
+    key: Key
     engine_id: str
     tokens: list[int]
+    prefix: int  # their hash
+    shape: Shape | None = None  # None: nothing was asked for yet
+    ahead: int = 0
+    rounds_sent: int = 0  # how many times the shape was sent already: 1 is the answer, more is ahead
+    nodes_sent: int = 0
 
 
 @dataclass(slots=True, eq=False)
-class Round:
-    """A call being worked on: tokens drafted so far for each ask; answered when none is missing."""
+class Stream:
+    """A verify worker. `unanswered` are asks whose tree is not there yet, by request: the round of the newest."""
 
-    stream: int
-    number: int
     reply: Reply
-    bases: dict[str, int] = field(default_factory=dict)  # request -> its committed tokens
-    drafted: dict[str, list[int]] = field(default_factory=dict)
-    wanted: dict[str, int] = field(default_factory=dict)  # engine id -> tokens still to draft
+    round: int = 0
+    unanswered: dict[str, int] = field(default_factory=dict)
+    drafts: list[Draft] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    acknowledged: int = 0
+
+    def flush(self) -> None:
+        """Say what is new, if anything is."""
+        done = min(self.unanswered.values(), default=self.round + 1) - 1
+        if self.drafts or self.lost or done > self.acknowledged:
+            self.acknowledged = max(done, self.acknowledged)
+            self.reply(DraftReply(self.acknowledged, tuple(self.drafts), tuple(self.lost)))
+            self.drafts, self.lost = [], []
 
 
 class DraftRole:
@@ -47,30 +69,33 @@ class DraftRole:
     def __init__(self, engine: Engine, outbox: Outbox, settings: Settings) -> None:
         self._engine = engine
         self._outbox = outbox
-        self._settings = settings
+        self._max_known = settings.engine.max_waiting
+        self._strategy = Strategy(settings.speculation.strategy)
+        self._ranks = RankAcceptance()
         self._known: dict[Key, Drafting] = {}  # least recently asked for first
-        self._rounds: list[Round] = []
+        self._by_engine_id: dict[str, Drafting] = {}
+        self._streams: dict[int, Stream] = {}
 
     # --- calls of verify workers --------------------------------------------------------------------------------
 
-    def on_call(self, stream: int, call: DraftCall, reply: Reply) -> None:
-        """Take a verify worker's message; `reply` is called once, when all drafts asked for are there."""
+    def on_call(self, number: int, call: DraftCall, reply: Reply) -> None:
+        """Take a verify worker's message. `reply` is called when drafts are there, now and later."""
+        stream = self._streams.setdefault(number, Stream(reply))
+        stream.reply, stream.round = reply, call.round
         for request_id in call.closes:
-            self._close((stream, request_id))
+            self._close((number, request_id))
         for each in call.opens:
-            self._open((stream, each.request.id), each.request)
-        current = Round(stream, call.round, reply)
+            self._open((number, each.request.id), each.request)
         for ask in call.asks:
-            self._ask(current, ask)
-        self._rounds.append(current)
-        self._answer_finished()
+            self._ask(stream, (number, ask.request_id), ask)
+        stream.flush()
 
     def _open(self, key: Key, request: Request) -> None:
-        while len(self._known) >= self._settings.engine.max_waiting:
+        while len(self._known) >= self._max_known:
             self._close(next(iter(self._known)))
         self._close(key)
         if not self._in_vocabulary(request.tokens):
-            return  # unknown from here on: its asks get empty drafts
+            return  # unknown from here on: it is lost as soon as it is asked for
         engine_id = f"{key[0]}/{key[1]}"
         # Nothing ends a draft but its length: stop conditions are the target's to find.
         sampling = replace(request.sampling, stop=(), stop_token_ids=(), logprobs=None, ignore_eos=True)
@@ -78,23 +103,32 @@ class DraftRole:
             self._engine.prefill(replace(request, id=engine_id, sampling=sampling))
         except (RequestTooLong, ValueError):
             return
-        self._known[key] = Drafting(request, engine_id, list(request.tokens))
+        drafting = Drafting(request, key, engine_id, list(request.tokens), prefix_hash(request.tokens))
+        self._known[key] = self._by_engine_id[engine_id] = drafting
 
-    def _ask(self, current: Round, ask: DraftAsk) -> None:
-        current.bases[ask.request_id] = ask.base + len(ask.tokens)
-        current.drafted[ask.request_id] = []
-        key = (current.stream, ask.request_id)
+    def _ask(self, stream: Stream, key: Key, ask: DraftAsk) -> None:
         known = self._known.pop(key, None)
         if known is None:
+            stream.lost.append(ask.request_id)
             return
         self._known[key] = known
-        if len(known.tokens) != ask.base or not self._in_vocabulary(ask.tokens):
-            return self._close(key)  # lost track of it, for good: it has to be opened again
+        room = self._engine.info.context_length - len(known.tokens) - len(ask.tokens)
+        if len(known.tokens) != ask.base or not self._in_vocabulary(ask.tokens) or room <= 0:
+            self._close(key)  # lost track of it, for good: it has to be opened again
+            stream.lost.append(ask.request_id)
+            return
+        self._ranks.observe(self._engine.growth(known.engine_id).tree, ask.tokens)
         known.tokens += ask.tokens
-        want = min(ask.want, self._engine.info.context_length - len(known.tokens))
-        if want > 0:
-            self._engine.rewrite(known.engine_id, known.tokens[len(known.request.prompt) :], want)
-            current.wanted[known.engine_id] = want
+        known.prefix = prefix_hash(ask.tokens, known.prefix)
+        shape = ask.shape
+        known.shape = Shape(min(shape.depth, MAX_DEPTH), min(shape.width, MAX_WIDTH), min(shape.nodes, MAX_NODES))
+        known.ahead, known.rounds_sent, known.nodes_sent = ask.ahead, 0, 0
+        stream.unanswered[ask.request_id] = stream.round
+        self._engine.follow(known.engine_id, self._output(known))
+        self._advance(known)
+
+    def _output(self, known: Drafting) -> list[int]:
+        return known.tokens[len(known.request.prompt) :]
 
     def _in_vocabulary(self, tokens: Sequence[int]) -> bool:
         """The target's vocabulary may be the larger one."""
@@ -103,15 +137,42 @@ class DraftRole:
     def _close(self, key: Key) -> None:
         known = self._known.pop(key, None)
         if known is not None:
+            del self._by_engine_id[known.engine_id]
             self._engine.release(known.engine_id)
-            for current in self._rounds:
-                current.wanted.pop(known.engine_id, None)
+            stream = self._streams.get(key[0])
+            if stream is not None:
+                stream.unanswered.pop(key[1], None)
 
     def stream_closed(self, stream: int) -> None:
         """The verify worker is gone, and with it all its requests."""
-        self._rounds = [each for each in self._rounds if each.stream != stream]
+        self._streams.pop(stream, None)
         for key in [each for each in self._known if each[0] == stream]:
             self._close(key)
+
+    # --- growing ------------------------------------------------------------------------------------------------
+
+    def _advance(self, known: Drafting) -> None:
+        """Send the tree as often as it has reached what was wanted next, and have it grow on until nothing is."""
+        while known.shape is not None and known.rounds_sent <= known.ahead:
+            growing = self._engine.growth(known.engine_id)
+            shape = known.shape.times(known.rounds_sent + 1)
+            nodes = frontier(self._strategy, growing.tree, growing.done, shape, self._ranks.template(shape))
+            if nodes:
+                if not self._engine.grow(known.engine_id, nodes, shape.width):
+                    # Its prompt is being computed; or its KV was taken, and then it is now computed again.
+                    self._engine.follow(known.engine_id, self._output(known))
+                return
+            self._send(known, growing, shape)
+
+    def _send(self, known: Drafting, growing: GrowingTree, shape: Shape) -> None:
+        """The answer is sent in any case; what was drafted ahead only if it is more."""
+        stream = self._streams[known.key[0]]
+        tree = worth_sending(self._strategy, growing.tree, shape, self._ranks.template(shape))
+        known.rounds_sent += 1
+        stream.unanswered.pop(known.request.id, None)
+        if len(tree) > known.nodes_sent:
+            known.nodes_sent = len(tree)
+            stream.drafts.append(Draft(known.request.id, len(known.tokens), tree, known.prefix))
 
     # --- WorkerRole ---------------------------------------------------------------------------------------------
 
@@ -125,7 +186,7 @@ class DraftRole:
         """Routers hold nothing here; verify workers close their own requests."""
 
     def poll(self, now: float) -> None:
-        self._answer_finished()  # a request that was closed may have been the last that a round waited for
+        """Nothing here has a deadline."""
 
     def next_step_at(self, now: float) -> float | None:
         return now if self._engine.has_work() else None
@@ -133,45 +194,36 @@ class DraftRole:
     def next_poll_at(self) -> float | None:
         return None
 
+    def before_step(self, now: float) -> None:
+        """What grows was said as soon as it was known."""
+
     def after_step(self, output: StepOutput, now: float) -> None:
-        for each in output.outputs:
-            for current in self._rounds:
-                if each.request_id in current.wanted:
-                    self._take(current, each.request_id, each.tokens)
-        self._answer_finished()
-
-    def _take(self, current: Round, engine_id: str, tokens: tuple[int, ...]) -> None:
-        current.drafted[engine_id.partition("/")[2]] += tokens
-        current.wanted[engine_id] -= len(tokens)
-        if current.wanted[engine_id] <= 0:
-            del current.wanted[engine_id]
-
-    def _answer_finished(self) -> None:
-        finished = [current for current in self._rounds if not current.wanted]
-        self._rounds = [current for current in self._rounds if current.wanted]
-        for current in finished:
-            drafts = tuple(
-                Draft(request_id, current.bases[request_id], tuple(tokens), tuple(range(-1, len(tokens) - 1)))
-                for request_id, tokens in current.drafted.items()
-            )
-            current.reply(DraftReply(current.number, drafts))
+        ready = [*output.grown, *(each.request_id for each in output.progress if each.held)]
+        for engine_id in ready:
+            known = self._by_engine_id.get(engine_id)
+            if known is not None:
+                self._advance(known)
+        for stream in self._streams.values():
+            stream.flush()
 
     def give_up(self, failure: Failure, detail: str) -> None:
-        """Answer what is asked with empty drafts and forget every request."""
-        for current in self._rounds:
-            current.drafted = {request_id: [] for request_id in current.drafted}
-            current.wanted.clear()
+        """Forget every request, and say so."""
+        for stream in self._streams.values():
+            stream.lost += stream.unanswered
+            stream.unanswered.clear()
         for_each([each.engine_id for each in self._known.values()], self._engine.release)
         self._known.clear()
-        self._answer_finished()
+        self._by_engine_id.clear()
+        for stream in self._streams.values():
+            stream.flush()
 
     def close(self) -> None:
         """Streams belong to the service."""
 
     @property
     def idle(self) -> bool:
-        """Drafts are optional at every moment, so only a call being worked on is worth waiting for."""
-        return not self._rounds
+        """Drafts are optional at every moment, so only an ask being worked on is worth waiting for."""
+        return not any(stream.unanswered for stream in self._streams.values())
 
     def probe(self) -> None:
         """Draft one token."""
@@ -179,9 +231,10 @@ class DraftRole:
         try:
             self._engine.prefill(probe)
             self._engine.step()
-            self._engine.rewrite(probe.id, (), 1)
-            outputs = self._engine.step().outputs
+            self._engine.grow(probe.id, [ROOT], 1)
+            self._engine.step()
+            drafted = self._engine.growth(probe.id).tree
         finally:
             self._engine.release(probe.id)
-        if not outputs:
+        if not drafted:
             raise RuntimeError("no token was drafted")

@@ -124,6 +124,9 @@ class PrefillRole:
     def next_poll_at(self) -> float | None:
         return None
 
+    def before_step(self, now: float) -> None:
+        """Nothing is decided at the last moment."""
+
     def after_step(self, output: StepOutput, now: float) -> None:
         for progress in output.progress:
             job = self._jobs.get(progress.request_id)

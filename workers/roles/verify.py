@@ -30,8 +30,8 @@ from workers.engine.base import Engine, OutOfBlocks, RequestTooLong, SequenceOut
 from workers.kv.lease import LeaseTable, OpenLease
 from workers.kv.link import Arrival
 from workers.roles.base import Outbox, fail, for_each, refuse
-from workers.speculation.pool import Committed, DrafterPool
-from workers.speculation.remote import RoundResult
+from workers.speculation.pool import DrafterPool
+from workers.speculation.speculator import Speculator
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,6 @@ class Decoding:
     request: Request
     tokens: list[int]
     received_at: float
-    drafter: Peer | None
     started_at: float | None = None  # start of the first step that computed a part of it
     received_kv_at: float | None = None  # its lease was committed
     emitted: bool = False
@@ -61,7 +60,7 @@ class VerifyRole:
         self._outbox = outbox
         self._settings = settings
         self._metrics = metrics
-        self._drafters = drafters
+        self._speculator = Speculator(engine, settings.speculation, metrics, drafters)
         self._leases = LeaseTable(me)
         self._requests: dict[str, Decoding] = {}
 
@@ -106,9 +105,8 @@ class VerifyRole:
         self._admit(request, drafter, now)
 
     def _admit(self, request: Request, drafter: Peer | None, now: float) -> None:
-        self._requests[request.id] = Decoding(request, list(request.tokens), now, drafter)
-        if drafter is not None and self._settings.speculation.enabled:
-            self._drafters.open(drafter, request, now)
+        decoding = self._requests[request.id] = Decoding(request, list(request.tokens), now)
+        self._speculator.open(request, decoding.tokens, drafter, now)
 
     def cancel(self, request_id: str) -> None:
         entry = self._leases.of_request(request_id)
@@ -117,9 +115,8 @@ class VerifyRole:
         self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
-        decoding = self._requests.pop(request_id, None)
-        if decoding is not None and decoding.drafter is not None:
-            self._drafters.close_request(decoding.drafter, request_id)
+        self._requests.pop(request_id, None)
+        self._speculator.close_request(request_id)
         self._outbox.forget(request_id)
         self._engine.release(request_id)
 
@@ -174,7 +171,7 @@ class VerifyRole:
         for entry in self._leases.expired(now):
             self._end_lease(entry, LeaseState.EXPIRED)
             self._fail(entry.lease.request_id, Failure.LEASE_EXPIRED, f"KV did not come within {entry.lease.ttl_s} s")
-        self._drafters.poll(now)
+        self._speculator.poll(now)
 
     def next_poll_at(self) -> float | None:
         return self._leases.next_deadline()
@@ -184,25 +181,19 @@ class VerifyRole:
     def next_step_at(self, now: float) -> float | None:
         if not self._engine.has_work():
             return None
-        return self._drafters.wait_until(now) or now
+        return self._speculator.wait_until(now) or now
 
     def on_drafts(self, peer: Peer, reply: DraftReply, now: float) -> None:
-        """Drafts came; those that fit are verified in the next step."""
-        result, drafts = self._drafters.answered(peer, reply, now)
-        if result is None:
-            return
-        taken = [self._engine.propose(draft) for draft in drafts]
-        if any(taken):
-            result = RoundResult.USED
-        elif result is RoundResult.USED:
-            result = RoundResult.STALE
-        self._metrics.add(metrics.DRAFT_ROUNDS, result=result)
+        """Drafts came."""
+        self._speculator.answered(peer, reply, now)
 
     def on_drafter_lost(self, peer: Peer, why: str) -> None:
-        """Its requests go on without drafts; the next one tries it again."""
+        """Its requests go on without its drafts."""
         log.info("the stream to draft worker %s ended: %s", peer.id, why)
-        if self._drafters.lost(peer):
-            self._metrics.add(metrics.DRAFT_ROUNDS, result=RoundResult.LOST)
+        self._speculator.drafter_lost(peer)
+
+    def before_step(self, now: float) -> None:
+        self._speculator.before_step(now)
 
     def after_step(self, output: StepOutput, now: float) -> None:
         started = now - output.seconds
@@ -210,7 +201,7 @@ class VerifyRole:
             self._mark_started(progress.request_id, started)
         for each in output.outputs:
             self._emit_tokens(each, started, now)
-        self._ask_for_drafts(now)
+        self._speculator.after_step(output.outputs, now)
 
     def _mark_started(self, request_id: str, at: float) -> None:
         decoding = self._requests.get(request_id)
@@ -242,12 +233,6 @@ class VerifyRole:
         if output.finish is not None:
             self._forget(output.request_id)
 
-    def _ask_for_drafts(self, now: float) -> None:
-        decoding = [each for each in self._requests.values() if each.emitted]
-        if self._settings.speculation.enabled:
-            drafted = [Committed(each.drafter, each.request, each.tokens) for each in decoding if each.drafter]
-            self._drafters.ask(drafted, len(decoding), now)
-
     # --- ends ---------------------------------------------------------------------------------------------------
 
     def _fail(self, request_id: str, failure: Failure, detail: str) -> None:
@@ -258,7 +243,7 @@ class VerifyRole:
         for_each(self._requests, lambda request_id: self._fail(request_id, failure, detail))
 
     def close(self) -> None:
-        self._drafters.close()
+        self._speculator.close()
 
     @property
     def idle(self) -> bool:

@@ -1,36 +1,40 @@
 """One draft worker as a verify worker's engine thread sees it: a state machine, calls out and replies in.
 
 What a draft worker is told, and what it answers, changes when a token comes, never which: a draft that does not fit is
-ignored. Nothing queues up when it is slow: at most one ask awaits its answer, and few calls are under way in all.
+ignored. Asks do not wait for each other's answers, since a round trip may take longer than a step; yet nothing queues
+up when the draft worker is slow, because few calls are under way in all.
 """
 
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
 from tidemill.core.messages import Draft, DraftAsk, DraftCall, DraftOpen, DraftReply
 from tidemill.core.model import Request
+from tidemill.core.tree import Shape
 
 PATIENCE = 3  # late answers in a row after which steps no longer wait for this peer, until it answers in time again
-MAX_UNANSWERED = 4  # calls under way; more that has to be said waits and goes as one
+MAX_UNANSWERED = 8  # calls under way; more that has to be said waits and goes as one
+MEMORY = 0.2  # weight of the newest round trip in their average
 
 
 class RoundResult(StrEnum):
     """What became of an ask; metric label."""
 
-    USED = "used"
+    ANSWERED = "answered"
     LATE = "late"
-    STALE = "stale"
     LOST = "lost"
 
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """Drafts wanted for a request, all of whose tokens are `tokens`."""
+    """Drafts wanted for a request, all of whose tokens are `tokens`; see DraftAsk."""
 
     request_id: str
     tokens: list[int]
-    count: int
+    shape: Shape
+    ahead: int = 0
 
 
 @dataclass(slots=True)
@@ -42,13 +46,14 @@ class _Known:
     opened: bool = False  # it has been sent, so its end has to be sent too
 
 
-@dataclass(frozen=True, slots=True)
-class _Ask:
-    """An ask that awaits its answer."""
+@dataclass(slots=True)
+class _Call:
+    """A call that awaits its answer."""
 
     round: int
-    deadline: float
-    wanted: dict[str, tuple[int, int]]  # request -> committed tokens at the time, drafts wanted
+    sent_at: float
+    asks: bool
+    missed: bool = False  # its deadline has passed, and was counted
 
 
 class RemoteDrafter:
@@ -60,10 +65,9 @@ class RemoteDrafter:
         self._known: dict[str, _Known] = {}
         self._closes: list[str] = []  # of requests it has been told of, so bounded by what was open
         self._rounds = 0
-        self._unanswered = 0
-        self._ask: _Ask | None = None
-        self._missed = False  # the deadline of the current ask has passed, and was counted
+        self._calls: deque[_Call] = deque()
         self._misses = 0
+        self.round_trip_s: float | None = None  # from an ask to its first answer, drafting included; a moving average
 
     def __len__(self) -> int:
         return len(self._known)
@@ -82,21 +86,18 @@ class RemoteDrafter:
 
     def next_call(self, wants: Iterable[Want], now: float) -> DraftCall | None:
         """What to send now; None if there is nothing to say, or too much of it is unanswered."""
-        if self._unanswered >= MAX_UNANSWERED:
+        if len(self._calls) >= MAX_UNANSWERED:
             return None
-        asks = self._asks(wants) if self._ask is None else ()
+        asks = self._asks(wants)
         opens = [each for each in self._known.values() if not each.opened]
         closes = tuple(self._closes)
         if not (asks or opens or closes):
             return None
         self._rounds += 1
-        self._unanswered += 1
+        self._calls.append(_Call(self._rounds, now, bool(asks)))
         self._closes = []
         for each in opens:
             each.opened = True
-        if asks:
-            wanted = {ask.request_id: (ask.base + len(ask.tokens), ask.want) for ask in asks}
-            self._ask, self._missed = _Ask(self._rounds, now + self._wait_s, wanted), False
         return DraftCall(self._rounds, tuple(DraftOpen(each.request) for each in opens), asks, closes)
 
     def _asks(self, wants: Iterable[Want]) -> tuple[DraftAsk, ...]:
@@ -104,44 +105,41 @@ class RemoteDrafter:
         for want in wants:
             known = self._known.get(want.request_id)
             if known is not None:
-                asks.append(DraftAsk(want.request_id, known.told, tuple(want.tokens[known.told :]), want.count))
+                new = tuple(want.tokens[known.told :])
+                asks.append(DraftAsk(want.request_id, known.told, new, want.shape, want.ahead))
                 known.told = len(want.tokens)
         return tuple(asks)
-
-    def wait_until(self, now: float) -> float | None:
-        """Until when the next step should wait for the answer; None if there is none to wait for."""
-        if self._ask is None:
-            return None
-        self._note_deadline(now)
-        return None if self._missed or self._misses >= PATIENCE else self._ask.deadline
-
-    def _note_deadline(self, now: float) -> None:
-        if self._ask is not None and not self._missed and now >= self._ask.deadline:
-            self._missed = True
-            self._misses += 1
-
-    def answered(self, reply: DraftReply, now: float) -> tuple[RoundResult | None, tuple[Draft, ...]]:
-        """What a reply means, and those of its drafts that answer what was asked. None: it answers no ask.
-
-        USED is a promise of the peer's punctuality only; whether the drafts still fit is the engine's to say.
-        """
-        self._unanswered = max(self._unanswered - 1, 0)
-        if self._ask is None or reply.round != self._ask.round:
-            return (RoundResult.STALE, ()) if reply.drafts else (None, ())
-        self._note_deadline(now)
-        ask, self._ask = self._ask, None
-        if not self._missed:
-            self._misses = 0
-        drafts = []
-        for draft in reply.drafts:
-            base, count = ask.wanted.get(draft.request_id, (-1, 0))
-            if not draft.tokens:
-                self.close_request(draft.request_id)  # it has lost track, and would have to be told everything again
-            elif draft.base == base:
-                drafts.append(Draft(draft.request_id, base, draft.tokens[:count], draft.parents[:count]))
-        return (RoundResult.LATE if self._missed else RoundResult.USED), tuple(drafts)
 
     @property
     def asked(self) -> bool:
         """True while an ask awaits its answer."""
-        return self._ask is not None
+        return any(call.asks for call in self._calls)
+
+    def wait_until(self, now: float) -> float | None:
+        """Until when the next step may wait for the newest ask's answer; None if there is none to wait for."""
+        self._note_deadlines(now)
+        newest = self._calls[-1] if self._calls else None
+        if newest is None or not newest.asks or newest.missed or self._misses >= PATIENCE:
+            return None
+        return newest.sent_at + self._wait_s
+
+    def _note_deadlines(self, now: float) -> None:
+        for call in self._calls:
+            if call.asks and not call.missed and now >= call.sent_at + self._wait_s:
+                call.missed = True
+                self._misses += 1
+
+    def answered(self, reply: DraftReply, now: float) -> tuple[list[RoundResult], tuple[Draft, ...]]:
+        """What became of the asks that a reply answers, and its drafts for requests that are still drafted for."""
+        self._note_deadlines(now)
+        results = []
+        while self._calls and self._calls[0].round <= reply.round:
+            call = self._calls.popleft()
+            if call.asks:
+                results.append(RoundResult.LATE if call.missed else RoundResult.ANSWERED)
+                self._misses = self._misses if call.missed else 0
+                took, before = now - call.sent_at, self.round_trip_s
+                self.round_trip_s = took if before is None else before + MEMORY * (took - before)
+        for request_id in reply.lost:
+            self._known.pop(request_id, None)  # it would have to be told everything again
+        return results, tuple(draft for draft in reply.drafts if self.knows(draft.request_id))

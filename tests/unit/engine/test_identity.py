@@ -3,6 +3,7 @@
 The model's logits are a hash of all tokens so far, read back through the KV blocks, so any wrong block shows.
 """
 
+import random
 from dataclasses import dataclass, field
 
 import pytest
@@ -10,9 +11,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from tests.support.engines import random_tree
 from tests.support.gold import CONTEXT, VOCABULARY, GoldDecoder, hash_engine
 from tidemill.core.messages import Draft
 from tidemill.core.model import Request
+from tidemill.core.tree import TokenTree
 from tidemill.types import FinishReason, SamplingParams
 from workers.engine.base import OutOfBlocks, RequestTooLong, StepOutput
 from workers.engine.native.engine import NativeEngine
@@ -43,7 +46,8 @@ SETTINGS = st.fixed_dictionaries(
     }
 )
 
-DRAFTS = st.tuples(st.sampled_from([0, 0, 1, 2, 4, 9]), st.integers(0, 6))  # length, and how much of it is right
+# Nodes, how many of them are right, and whether it is a tree or a chain.
+DRAFTS = st.tuples(st.sampled_from([0, 0, 1, 2, 4, 9]), st.integers(0, 6), st.booleans())
 
 
 @dataclass
@@ -66,7 +70,7 @@ class Drafting:
 
     request: Request
     engine: NativeEngine
-    expected: list[int] = field(default_factory=list)
+    output: tuple[int, ...] = ()
 
 
 class EngineMachine(RuleBasedStateMachine):
@@ -84,6 +88,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.context = context
         self.serving: dict[str, Serving] = {}
         self.drafting: dict[str, Drafting] = {}
+        self.random = random.Random()
         self.finished = 0
         self.names = 0
 
@@ -131,39 +136,37 @@ class EngineMachine(RuleBasedStateMachine):
     # --- work goes on -------------------------------------------------------------------------------------------
 
     @rule(where=st.integers(0, 1), drafts=st.lists(DRAFTS, min_size=1, max_size=8))
-    def steps(self, where: int, drafts: list[tuple[int, int]]) -> None:
+    def steps(self, where: int, drafts: list[tuple[int, int, bool]]) -> None:
         """Before each step every sequence is offered a draft; some have no token, some are all wrong."""
-        for length, right in drafts:
+        for length, right, bushy in drafts:
             for index, serving in enumerate(self.serving.values()):
                 if serving.engine is self.engines[where]:
-                    self.propose(serving, length, (right + index) % 7)
+                    self.propose(serving, length, (right + index) % 7, bushy)
             self.step_once(self.engines[where])
 
-    def propose(self, serving: Serving, length: int, right: int, base_off: int = 0) -> None:
-        """The first `right` tokens of the draft are what will come."""
+    def propose(self, serving: Serving, length: int, right: int, bushy: bool = False, base_off: int = 0) -> None:
+        """The first `right` tokens of the draft, or of a path in it, are what will come."""
         ahead = serving.answer[len(serving.output) :]
-        tokens = [*ahead[: min(right, length)], *([7] * length)][:length]
+        self.random.seed(length * 7 + right + len(ahead))
+        if bushy:
+            tree = random_tree(self.random, ahead[:right], length, VOCABULARY)
+        else:
+            tree = TokenTree.chain([*ahead[: min(right, length)], *([7] * length)][:length])
         base = len(serving.request.prompt) + len(serving.output) + base_off
-        draft = Draft(serving.request.id, base, tuple(tokens), tuple(range(-1, length - 1)))
+        draft = Draft(serving.request.id, base, tree)
         assert not (serving.engine.propose(draft) and base_off)
 
     @precondition(lambda self: self.serving)
     @rule(which=SEVERAL, off=st.sampled_from([-1, 1]))
     def propose_too_late_or_too_early(self, which: int, off: int) -> None:
-        self.propose(self.pick(which), 3, 3, off)
+        self.propose(self.pick(which), 3, 3, base_off=off)
 
     def step_once(self, engine: NativeEngine) -> StepOutput:
         had_work = engine.has_work()
         output = engine.step()
         assert had_work or output == StepOutput()
-        assert output.batch_tokens <= self.limits[self.engines.index(engine)]
+        assert output.grown or output.batch_tokens <= self.limits[self.engines.index(engine)]
         for each in output.outputs:
-            if each.request_id in self.drafting:
-                expected = self.drafting[each.request_id].expected
-                assert list(each.tokens) == expected[: len(each.tokens)]
-                assert each.finish is None
-                del expected[: len(each.tokens)]
-                continue
             serving = self.serving[each.request_id]
             serving.output += each.tokens
             assert tuple(serving.output) == serving.answer[: len(serving.output)]
@@ -174,6 +177,8 @@ class EngineMachine(RuleBasedStateMachine):
                 assert each.finish is serving.reason
                 del self.serving[each.request_id]
                 self.finished += 1
+        for name in output.grown:
+            self.check_tree(self.drafting[name])
         for progress in output.progress:
             if progress.request_id in self.serving and self.serving[progress.request_id].source is engine:
                 self.move_kv(self.serving[progress.request_id], progress.computed_tokens, progress.held)
@@ -192,15 +197,42 @@ class EngineMachine(RuleBasedStateMachine):
             serving.engine.activate(serving.request.id)
             serving.source = None
 
+    def check_tree(self, drafting: Drafting) -> None:
+        """Each node's first child is what decoding would choose after its path."""
+        growing = drafting.engine.growth(drafting.request.id)
+        for node in growing.done:
+            children = [child for child, parent in enumerate(growing.tree.parents) if parent == node]
+            path = tuple(growing.tree.tokens[each] for each in growing.tree.path(node))
+            if children:
+                expected = self.gold.next_token(drafting.request, drafting.output + path)
+                assert growing.tree.tokens[children[0]] == expected
+
     @precondition(lambda self: self.drafting)
-    @rule(kept=st.integers(0, 30), garbage=st.lists(st.integers(0, 9), max_size=3), quota=st.integers(0, 5))
-    def rewrite(self, kept: int, garbage: list[int], quota: int) -> None:
-        """All drafts go on from other outputs than they had: much like before, or quite different."""
-        for index, (name, drafting) in enumerate(self.drafting.items()):
-            output = [*self.gold.continuation(drafting.request, (), kept + index), *garbage]
-            output = output[: self.context - len(drafting.request.prompt)]
-            drafting.engine.rewrite(name, output, quota)
-            drafting.expected[:] = self.gold.continuation(drafting.request, output, quota)
+    @rule(nodes=st.lists(st.integers(-1, 9), max_size=4), width=st.integers(1, 3))
+    def grow(self, nodes: list[int], width: int) -> None:
+        """Nodes that there are, and some that there are not."""
+        for name, drafting in self.drafting.items():
+            drafting.engine.grow(name, [-1, *nodes], width)
+
+    @precondition(lambda self: self.drafting)
+    @rule(which=SEVERAL, more=st.lists(st.integers(0, 9), max_size=3))
+    def follow_the_tree(self, which: int, more: list[int]) -> None:
+        """A path of each tree is committed, and perhaps other tokens after it."""
+        for drafting in self.drafting.values():
+            tree = drafting.engine.growth(drafting.request.id).tree
+            path = [tree.tokens[node] for node in tree.path(which % len(tree))] if len(tree) else []
+            self.follow(drafting, (*drafting.output, *path, *more))
+
+    @precondition(lambda self: self.drafting)
+    @rule(kept=st.integers(0, 30), garbage=st.lists(st.integers(0, 9), max_size=3))
+    def go_back(self, kept: int, garbage: list[int]) -> None:
+        """All drafts go on from other outputs than they had."""
+        for index, drafting in enumerate(self.drafting.values()):
+            self.follow(drafting, (*self.gold.continuation(drafting.request, (), kept + index), *garbage))
+
+    def follow(self, drafting: Drafting, output: tuple[int, ...]) -> None:
+        drafting.output = output[: self.context - len(drafting.request.prompt)]
+        drafting.engine.follow(drafting.request.id, drafting.output)
 
     # --- work is moved, or dropped ------------------------------------------------------------------------------
 
@@ -209,7 +241,7 @@ class EngineMachine(RuleBasedStateMachine):
     def migrate(self, which: int) -> None:
         """A sequence that decodes goes on in the other engine, with its KV."""
         serving = self.pick(which)
-        if not serving.output or serving.source is not None:
+        if not serving.engine._sequences[serving.request.id].decoding:
             return
         old, new = serving.engine, self.engines[1 - self.engines.index(serving.engine)]
         request = serving.request.resumed(serving.output[len(serving.request.output) :])
@@ -217,11 +249,7 @@ class EngineMachine(RuleBasedStateMachine):
             blocks = new.reserve(request)
         except OutOfBlocks:
             return
-        try:
-            kv = old.export_kv(request.id, blocks.first_block, blocks.end_block)
-        except ValueError:  # it is waiting for its KV to be computed again
-            new.release(request.id)
-            return
+        kv = old.export_kv(request.id, blocks.first_block, blocks.end_block)
         if kv.shape[1]:
             new.import_kv(request.id, blocks.first_block, kv)
         old.release(request.id)
@@ -261,7 +289,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         """Everything comes to its end, and nothing is left."""
-        while self.serving or any(drafting.expected for drafting in self.drafting.values()):
+        while self.serving:
             progress = [self.step_once(engine) != StepOutput() for engine in self.engines]
             if not any(progress):
                 self.break_deadlock()

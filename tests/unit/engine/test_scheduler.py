@@ -1,6 +1,7 @@
 """Planning alone: who is in the next step, with which rows, and who gives way."""
 
 from tidemill.core.model import Request
+from tidemill.core.tree import TokenTree
 from tidemill.types import SamplingParams
 from workers.engine.native.pool import BlockPool
 from workers.engine.native.scheduler import Plan, Scheduler
@@ -19,13 +20,15 @@ class Bench:
         self.scheduler = Scheduler(self.pool, max_batch_tokens, max_running)
         self.names = 0
 
-    def sequence(self, tokens: int, quota: int | None = None) -> Sequence:
+    def sequence(self, tokens: int, decodes: bool = True) -> Sequence:
         self.names += 1
         request = Request(f"{self.names}", tuple(range(tokens)), SamplingParams())
-        return Sequence(request, list(request.tokens), quota, BlockTable(self.pool), Sampler(request.sampling, (), ()))
+        return Sequence(
+            request, list(request.tokens), decodes, BlockTable(self.pool), Sampler(request.sampling, (), ())
+        )
 
-    def waiting(self, tokens: int, quota: int | None = None) -> Sequence:
-        sequence = self.sequence(tokens, quota)
+    def waiting(self, tokens: int, decodes: bool = True) -> Sequence:
+        sequence = self.sequence(tokens, decodes)
         self.scheduler.wait(sequence)
         return sequence
 
@@ -43,7 +46,7 @@ class Bench:
         return sequence
 
     def held(self, tokens: int) -> Sequence:
-        sequence = self.waiting(tokens, quota=0)
+        sequence = self.waiting(tokens, decodes=False)
         self.step()
         assert sequence.state is SequenceState.HELD
         return sequence
@@ -54,9 +57,10 @@ class Bench:
             sequence = piece.sequence
             if piece.yields:
                 sequence.tokens.append(9)
-                sequence.draft = ()
+                sequence.draft = TokenTree()
             sequence.kv.advance(sequence.tokens, piece.start + piece.rows)
             sequence.kv.trim()
+            piece.release()
         for sequence in [*plan.reached, *(piece.sequence for piece in plan.slices)]:
             if sequence.todo == 0:
                 self.scheduler.hold(sequence)
@@ -67,7 +71,7 @@ class Bench:
 
 def rows(plan: Plan) -> list[tuple[Sequence, int, int, int]]:
     """(sequence, first row, rows of its own, rows of its draft) of each slice."""
-    return [(each.sequence, each.start, each.rows, len(each.draft)) for each in plan.slices]
+    return [(each.sequence, each.start, each.rows, len(each.nodes)) for each in plan.slices]
 
 
 class TestOrder:
@@ -87,7 +91,7 @@ class TestOrder:
 
     def test_a_prefilled_sequence_yields_nothing_and_leaves_out_its_last_token(self) -> None:
         bench = Bench()
-        sequence = bench.waiting(7, quota=0)
+        sequence = bench.waiting(7, decodes=False)
         plan = bench.step()
         assert rows(plan) == [(sequence, 0, 6, 0)]
         assert not plan.slices[0].yields
@@ -95,7 +99,7 @@ class TestOrder:
 
     def test_nothing_to_compute_is_reached_without_a_row(self) -> None:
         bench = Bench()
-        sequence = bench.waiting(1, quota=0)
+        sequence = bench.waiting(1, decodes=False)
         plan = bench.step()
         assert (plan.slices, plan.reached) == ([], [sequence])
 
@@ -118,14 +122,14 @@ class TestDrafts:
     def test_every_sequence_gets_its_row_before_any_draft(self) -> None:
         bench = Bench(max_batch_tokens=6)
         first, second = bench.decoding(5), bench.decoding(5)
-        first.draft = second.draft = (1, 2, 3)
+        first.draft = second.draft = TokenTree.chain([1, 2, 3])
         assert rows(bench.step()) == [(first, 4, 1, 3), (second, 4, 1, 1)]
 
     def test_nobody_gives_way_to_a_draft(self) -> None:
         bench = Bench(blocks=5)
         bench.held(4)
         first, second = bench.decoding(5), bench.decoding(5)
-        first.draft = (1,) * 9
+        first.draft = TokenTree.chain([1] * 9)
         plan = bench.step()
         assert rows(plan) == [(first, 4, 1, 3), (second, 4, 1, 0)], "as far as the block goes that it has anyway"
         assert len(bench.scheduler.held) == 1
@@ -133,7 +137,7 @@ class TestDrafts:
     def test_a_draft_takes_free_blocks_only_for_the_step(self) -> None:
         bench = Bench()
         sequence = bench.decoding(5)
-        sequence.draft = (1,) * 9
+        sequence.draft = TokenTree.chain([1] * 9)
         assert rows(bench.step()) == [(sequence, 4, 1, 9)]
         assert bench.pool.used == 2
 
@@ -205,7 +209,7 @@ class TestPressure:
         held = bench.held(5)
         bench.waiting(24)
         bench.step()
-        held.quota = 1
+        held.decodes = True
         bench.scheduler.resume(held)
         assert held.state is SequenceState.WAITING
         assert held in bench.scheduler.waiting

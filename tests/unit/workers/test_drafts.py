@@ -1,6 +1,7 @@
 """A verify and a draft worker together: drafts change when a token comes, never which."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -8,9 +9,10 @@ from tests.support.benches import Trio, half_right
 from tests.support.engines import SMALL, VOCABULARY, one_by_one
 from tests.support.workers import settings_of
 from tidemill.core import metrics
-from tidemill.core.messages import Draft, DraftReply, Submit, Tokens
+from tidemill.core.messages import DraftReply, Submit, Tokens
 from tidemill.core.model import Request
 from tidemill.core.settings import SpeculationSettings
+from tidemill.core.tree import TokenTree
 from tidemill.types import SamplingParams
 from workers.engine.emulated import EmulatedEngine
 from workers.speculation import pool
@@ -48,16 +50,19 @@ class TestTogether:
     def result(self, trio: Trio, name: str) -> float:
         return trio.verify.metrics.value(metrics.DRAFT_ROUNDS, result=name)
 
+    def fate(self, trio: Trio, name: str) -> float:
+        return trio.verify.metrics.value(metrics.DRAFT_TREES, fate=name)
+
     def test_in_time(self, trio: Trio) -> None:
         self.run(trio, lambda _: trio.drafted())
-        assert self.result(trio, "used") > 3
-        assert self.result(trio, "late") == self.result(trio, "stale") == 0
-        drafted = trio.verify.metrics.value(metrics.DRAFTED)
-        assert 0.2 * drafted < trio.verify.metrics.value(metrics.ACCEPTED) < 0.9 * drafted
+        assert self.result(trio, "answered") > 3
+        assert self.fate(trio, "fresh") > 3
+        assert self.result(trio, "late") == self.fate(trio, "stale") == self.fate(trio, "foreign") == 0
+        assert 0 < trio.verify.metrics.value(metrics.ACCEPTED) < trio.verify.metrics.value(metrics.DRAFTED)
         trio.assert_empty()
 
     def test_a_step_waits_for_its_drafts_and_no_longer_than_it_may(self) -> None:
-        trio = Trio(settings_of(SMALL, SpeculationSettings(wait_s=1.0)))
+        trio = Trio(settings_of(SMALL, SpeculationSettings(wait_s=1.0, ahead=0)))
         trio.verify.send(Submit(request_of(), trio.draft.me))
         trio.verify.turn()
         got = len(trio.verify.tokens("r"))
@@ -98,7 +103,7 @@ class TestTogether:
     def test_never(self, trio: Trio) -> None:
         started = trio.verify.clock.now
         self.run(trio, lambda _: setattr(trio.verify.clock, "now", trio.verify.clock.now + 0.25))
-        assert self.result(trio, "used") == 0
+        assert self.result(trio, "answered") == 0
         assert trio.verify.clock.now - started < 24 * 0.25 + 2 * PATIENCE * 1.25, "a silent peer is not waited for long"
 
     def test_twice_and_out_of_date(self, trio: Trio) -> None:
@@ -112,25 +117,52 @@ class TestTogether:
             old.extend(replies)
 
         self.run(trio, between)
-        assert self.result(trio, "stale") > 0
-        assert self.result(trio, "used") > 0
+        assert self.fate(trio, "stale") + self.fate(trio, "foreign") > 0
+        assert trio.verify.metrics.value(metrics.ACCEPTED) > 0
 
-    def test_wrong(self, trio: Trio) -> None:
+    def test_a_step_late(self, trio: Trio) -> None:
+        """Drafts come a step after they were wanted: branches of them still fit."""
+
+        def between(_: int) -> None:
+            trio.carry_replies()
+            trio.carry_calls()
+            trio.verify.clock.now += 1.1
+
+        self.run(trio, between)
+        assert self.fate(trio, "branch") > 0
+        used = trio.verify.metrics.value(metrics.DRAFTS_USED, source="draft", fate="branch")
+        assert used > 0
+        assert trio.verify.metrics.value(metrics.ACCEPTED) > 0
+
+    def test_another_prefix(self, trio: Trio) -> None:
+        """A draft worker that lost an ask drafts for tokens that are not the request's."""
+
         def between(_: int) -> None:
             trio.carry_calls()
             trio.replies = [
-                DraftReply(
-                    reply.round,
-                    tuple(
-                        Draft(d.request_id, d.base, (3,) * len(d.tokens), d.parents) for d in reply.drafts if d.tokens
-                    ),
-                )
+                DraftReply(reply.round, tuple(replace(draft, prefix=draft.prefix ^ 1) for draft in reply.drafts))
                 for reply in trio.replies
             ]
             trio.carry_replies()
 
         self.run(trio, between)
-        assert self.result(trio, "used") > 0
+        assert self.fate(trio, "foreign") > 0
+        assert trio.verify.metrics.value(metrics.DRAFTED) == 0
+
+    def test_wrong(self, trio: Trio) -> None:
+        def between(_: int) -> None:
+            trio.carry_calls()
+            trio.replies = [
+                DraftReply(reply.round, tuple(replace(draft, tree=wrong(draft.tree)) for draft in reply.drafts))
+                for reply in trio.replies
+            ]
+            trio.carry_replies()
+
+        def wrong(tree: TokenTree) -> TokenTree:
+            return TokenTree((3,) * len(tree), tree.parents, tree.chances)
+
+        self.run(trio, between)
+        assert trio.verify.metrics.value(metrics.DRAFTED) > 0
 
     def test_the_stream_breaks_and_the_next_request_tries_again(self, trio: Trio) -> None:
         def between(index: int) -> None:
@@ -143,14 +175,14 @@ class TestTogether:
 
         self.run(trio, between)
         assert self.result(trio, "lost") == 1
-        used = self.result(trio, "used")
+        used = self.result(trio, "answered")
         assert len(trio.verify.streams) == 1
         trio.verify.send(Submit(request_of("next"), trio.draft.me))
         for _ in range(40):
             trio.verify.turn()
             trio.drafted()
         assert len(trio.verify.streams) == 2
-        assert self.result(trio, "used") > used
+        assert self.result(trio, "answered") > used
         assert trio.verify.tokens("next") == plain(request_of("next"))
 
     def test_no_drafts_for_a_large_batch(self) -> None:
@@ -188,4 +220,4 @@ class TestTogether:
         events = [event for event in trio.verify.events("r0") if isinstance(event, Tokens)]
         assert events[0].drafted == 0
         assert sum(len(event.tokens) for event in events) == 24
-        assert all(event.drafted <= 4 for event in events)
+        assert all(event.drafted <= 16 for event in events)

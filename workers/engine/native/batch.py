@@ -1,8 +1,17 @@
-"""One flattened step: the rows of all sequences, one after another."""
+"""One flattened step: the rows of all sequences, one after another.
 
-from dataclasses import dataclass
+What is called a sequence here is a run of rows at consecutive positions that read their keys through one block table:
+a part of a request's tokens, or a path of its token tree.
+"""
 
+from dataclasses import dataclass, field
+
+import torch
 from torch import Tensor
+
+
+def _none() -> Tensor:
+    return torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,3 +25,7 @@ class StepBatch:
     context_lengths: Tensor  # int32 [B]: tokens in the pool before this step
     block_tables: Tensor  # int32 [B, widest]
     logit_rows: Tensor  # int64 [R]: rows whose logits are wanted
+    # KV of row copy_rows[i] goes to slot copy_slots[i] too: a node of a token tree lies on several paths.
+    copy_rows: Tensor = field(default_factory=_none)  # int64 [C]
+    copy_slots: Tensor = field(default_factory=_none)  # int64 [C]
+    layers: int | None = None  # only the first few, then the head; None: all

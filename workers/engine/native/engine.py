@@ -15,9 +15,11 @@ from tidemill.core.messages import Draft
 from tidemill.core.model import Request, WorkerLoad
 from tidemill.core.settings import EngineSettings
 from tidemill.core.text import TextStream, load_tokenizer
+from tidemill.core.tree import EMPTY, ROOT, TokenTree
 from tidemill.types import TokenLogprobs
 from workers.engine.base import (
     EngineInfo,
+    GrowingTree,
     KvLayout,
     OutOfBlocks,
     RequestTooLong,
@@ -26,14 +28,18 @@ from workers.engine.base import (
     SequenceProgress,
     StepOutput,
 )
-from workers.engine.native.assembly import assemble, sample_rows
+from workers.engine.native.assembly import assemble, block_copies, sample_rows
 from workers.engine.native.batch import StepBatch
+from workers.engine.native.drafting import Drafting
+from workers.engine.native.growth import Copies
 from workers.engine.native.model import NativeModel
 from workers.engine.native.pool import BlockPool
 from workers.engine.native.scheduler import Scheduler, Slice
 from workers.engine.native.sequence import Sequence, SequenceState
 from workers.engine.native.table import BlockTable
 from workers.engine.sampling import Chooser, Floats, Sampler, log_probabilities
+
+CATCH_UP = 64  # tokens a held sequence may be behind, and still grow its tree in the step that computes them
 
 
 class Model(Protocol):
@@ -64,6 +70,13 @@ class NativeEngine:
         self._pool = BlockPool(settings.kv_blocks, settings.block_size, caching=settings.prefix_cache)
         self._scheduler = Scheduler(self._pool, settings.max_batch_tokens, settings.max_running)
         self._chooser = Chooser(model.vocab_size)
+        self._drafting = Drafting(
+            self._forward,
+            self._chooser,
+            lambda sequence: sequence in self._scheduler.held,
+            settings.block_size,
+            settings.max_batch_tokens,
+        )
         self._sequences: dict[str, Sequence] = {}
         self._steps = 0
         self._step_s = 0.0
@@ -91,12 +104,12 @@ class NativeEngine:
     # --- work in ------------------------------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        self._scheduler.wait(self._new_sequence(request, quota=None))
+        self._scheduler.wait(self._new_sequence(request, decodes=True))
 
     def prefill(self, request: Request) -> None:
-        self._scheduler.wait(self._new_sequence(request, quota=0))
+        self._scheduler.wait(self._new_sequence(request, decodes=False))
 
-    def _new_sequence(self, request: Request, quota: int | None) -> Sequence:
+    def _new_sequence(self, request: Request, *, decodes: bool) -> Sequence:
         """Known from here on, but in no queue."""
         sampling, tokens = request.sampling, list(request.tokens)
         if request.id in self._sequences:
@@ -106,10 +119,10 @@ class NativeEngine:
         if len(tokens) >= self.info.context_length:
             raise RequestTooLong(f"{len(tokens)} tokens leave no room in a context of {self.info.context_length}")
         sampler = Sampler(sampling, request.prompt, request.output)
-        sequence = Sequence(request, tokens, quota, BlockTable(self._pool), sampler)
-        if quota is None and sequence.room <= 0:
+        sequence = Sequence(request, tokens, decodes, BlockTable(self._pool), sampler)
+        if decodes and sequence.room <= 0:
             raise ValueError(f"request {request.id} has its {sampling.max_tokens} tokens already")
-        if quota is None and sampling.stop:
+        if decodes and sampling.stop:
             if self._tokenizer is None:
                 raise ValueError("stop strings need a tokenizer")
             sequence.text = TextStream(self._tokenizer, sampling.stop)
@@ -117,19 +130,37 @@ class NativeEngine:
         self._sequences[request.id] = sequence
         return sequence
 
-    def rewrite(self, request_id: str, output: Tokens[int], quota: int) -> None:
+    def follow(self, request_id: str, output: Tokens[int]) -> None:
         sequence = self._sequences[request_id]
-        room = self.info.context_length - len(sequence.request.prompt) - len(output)
-        if room < 0:
-            raise ValueError(f"the output is {-room} tokens longer than the context of {self.info.context_length}")
-        if sequence.state is SequenceState.RECEIVING:
-            raise ValueError(f"request {request_id} waits for its KV")
-        sequence.replace_output(list(output), max(min(quota, room), 0))
-        if sequence.state is SequenceState.HELD:
+        excess = len(sequence.request.prompt) + len(output) - self.info.context_length
+        if excess > 0:
+            raise ValueError(f"the output is {excess} tokens longer than the context of {self.info.context_length}")
+        if sequence.decodes:
+            raise ValueError(f"request {request_id} decodes")
+        sequence.follow(list(output))
+        if sequence.state is SequenceState.HELD and (sequence.todo > CATCH_UP or sequence not in self._scheduler.held):
             self._scheduler.resume(sequence)
 
+    def grow(self, request_id: str, nodes: Tokens[int], width: int) -> bool:
+        sequence = self._sequences[request_id]
+        if sequence not in self._scheduler.held:
+            return False
+        self._drafting.ask(sequence, nodes, width)
+        return True
+
+    def growth(self, request_id: str) -> GrowingTree:
+        growth = self._sequences[request_id].growth
+        return GrowingTree(growth.tree, growth.done) if growth is not None else GrowingTree()
+
+    def foresee(self, request_ids: Tokens[str], depth: int, width: int, layers: int) -> dict[str, TokenTree]:
+        if not 0 < layers <= self.info.kv.layers:
+            raise ValueError(f"{layers} layers of {self.info.kv.layers}")
+        sequences = [self._sequences[each] for each in request_ids if each in self._sequences]
+        decoding = [each for each in sequences if each.decoding]
+        return self._drafting.foresee(decoding, depth, width, layers, self.info.context_length)
+
     def reserve(self, request: Request) -> Reservation:
-        sequence = self._new_sequence(request, quota=None)
+        sequence = self._new_sequence(request, decodes=True)
         self._scheduler.receive(sequence)
         sequence.kv.adopt(sequence.tokens)
         first = len(sequence.kv.blocks)
@@ -168,42 +199,60 @@ class NativeEngine:
 
     def propose(self, draft: Draft) -> bool:
         sequence = self._sequences.get(draft.request_id)
-        if sequence is None or not sequence.decoding or draft.base != len(sequence.tokens) or not draft.is_chain:
+        if sequence is None or not sequence.decoding or draft.base != len(sequence.tokens):
+            return False
+        if not all(0 <= token < self.info.vocab_size for token in draft.tree.tokens):
             return False
         room = min(sequence.room, self.info.context_length - len(sequence.tokens)) - 1  # a step yields one token anyway
-        tokens = draft.tokens[: max(room, 0)]
-        if not all(0 <= token < self.info.vocab_size for token in tokens):
-            return False
-        sequence.draft = tokens
-        return bool(tokens)
+        sequence.draft = draft.tree.up_to(room)
+        return bool(sequence.draft)
 
     def release(self, request_id: str) -> None:
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
+            self._drafting.forget(sequence)
             self._scheduler.forget(sequence)
 
     # --- a step -------------------------------------------------------------------------------------------------
 
     def has_work(self) -> bool:
-        return self._scheduler.has_work()
+        return len(self._drafting) > 0 or self._scheduler.has_work()
 
     def step(self) -> StepOutput:
         started = time.perf_counter()
         plan = self._scheduler.plan()
         preempted = tuple(each.request.id for each in plan.preempted)
-        if not plan.slices and not plan.reached:
+        if not plan.slices and not plan.reached and not self._drafting:
             return StepOutput(preempted=preempted)
-        outputs, progress = self._run(plan.slices) if plan.slices else ([], [])
+        try:
+            outputs, progress = self._run(plan.slices) if plan.slices else ([], [])
+        finally:
+            for piece in plan.slices:
+                piece.release()
         progress += [self._report_progress(sequence) for sequence in plan.reached]
-        rows = sum(piece.end - piece.start for piece in plan.slices)
+        grown, rows = self._drafting.step(self.info.context_length)
         self._steps += 1
         self._step_s = time.perf_counter() - started
-        return StepOutput(tuple(outputs), tuple(progress), preempted, rows, self._step_s)
+        return StepOutput(
+            tuple(outputs),
+            tuple(progress),
+            preempted,
+            tuple(each.request.id for each in grown),
+            plan.batch_tokens + rows,
+            self._step_s,
+        )
+
+    def _forward(self, batch: StepBatch, copies: Copies) -> Tensor:
+        """Logits of a batch, after these KV blocks were copied."""
+        if copies:
+            sources, targets = zip(*copies, strict=True)
+            self._kv[:, list(targets)] = self._kv[:, list(sources)]
+        return self._model.forward(batch, self._kv)
 
     def _run(self, slices: list[Slice]) -> tuple[list[SequenceOutput], list[SequenceProgress]]:
         """If the model or the sampling raises, every sequence is as it was."""
         batch = assemble(slices, self._block_size)
-        logits = self._model.forward(batch, self._kv).cpu().numpy()
+        logits = self._forward(batch, block_copies(slices, self._block_size)).cpu().numpy()
         chosen: list[int] = np.argmax(logits, -1).tolist()
         to_sample = sample_rows(slices)
         if to_sample:
@@ -212,7 +261,7 @@ class NativeEngine:
         row = 0
         for piece in slices:
             if piece.yields:
-                end = row + 1 + len(piece.draft)
+                end = row + 1 + len(piece.nodes)
                 outputs.append(self._accept(piece, chosen[row:end], logits[row:end]))
                 row = end
             else:
@@ -225,30 +274,38 @@ class NativeEngine:
 
         A stop condition cuts the output as if each token had come in a step of its own.
         """
-        sequence, draft = piece.sequence, piece.draft
-        sequence.draft = ()
+        sequence, places = piece.sequence, piece.places
+        sequence.draft = EMPTY
         tokens: list[int] = []
         logprobs: list[TokenLogprobs] = []
         accepted, finish = 0, None
-        wanted = sequence.request.sampling.logprobs if sequence.quota is None else None
-        for index, token in enumerate(chosen):
+        wanted = sequence.request.sampling.logprobs
+        node: int | None = ROOT
+        while node in places:
+            at, index = node, places[node]
+            token = chosen[index]
             finish = sequence.append(token, self.info.eos_token_ids, self.info.context_length)
             tokens.append(token)
             if wanted is not None:
                 logprobs.append(log_probabilities(logits[index], token, wanted))
-            foreseen = index < len(draft) and draft[index] == token
-            accepted += foreseen
-            if finish or sequence.quota == 0 or not foreseen:
+            node = piece.draft.child(at, token)
+            accepted += node in places
+            if finish:
                 break
-        sequence.kv.advance(sequence.tokens, piece.start + piece.rows + len(tokens) - 1)
+        self._keep_path(piece, at, piece.end + len(tokens) - 1)
         if finish:
             self.release(sequence.request.id)
-        else:
-            if draft:
-                sequence.kv.trim()
-            if sequence.quota == 0:
-                self._scheduler.hold(sequence)
-        return SequenceOutput(sequence.request.id, tuple(tokens), tuple(logprobs), len(draft), accepted, finish)
+        return SequenceOutput(sequence.request.id, tuple(tokens), tuple(logprobs), len(places) - 1, accepted, finish)
+
+    def _keep_path(self, piece: Slice, node: int, computed: int) -> None:
+        """The sequence goes on in the table of the path to `node`; KV of its first `computed` tokens is there."""
+        table = piece.sequence.kv
+        for path in piece.paths:
+            if path.branch is not None and node in path.nodes:
+                table.follow(path.branch)
+        table.advance(piece.sequence.tokens, computed)
+        if piece.paths:
+            table.trim()
 
     def _report_progress(self, sequence: Sequence) -> SequenceProgress:
         """A sequence with nothing left to compute is held from here on."""
@@ -279,6 +336,7 @@ class NativeEngine:
         self._pool.check()
         self._scheduler.check()
         holders = Counter(block for each in self._sequences.values() for block in each.kv.blocks)
+        holders.update(b for each in self._sequences.values() if each.growth for b in each.growth.held_blocks)
         assert holders == {block: n for block in range(self._pool.num_blocks) if (n := self._pool.references(block))}
         for each in self._sequences.values():
             each.kv.check(each.tokens)

@@ -35,9 +35,10 @@ class _Decoder(Structure):
 
 class _Step(Structure):
     _fields_ = [
-        *((name, c_int64) for name in ("rows", "logit_rows")),
-        *((name, c_int32) for name in ("sequences", "table_width", "block_size", "threads")),
-        *((name, c_void_p) for name in ("positions", "slots", "logit_row", "starts", "context", "tables")),
+        *((name, c_int64) for name in ("rows", "logit_rows", "copies")),
+        *((name, c_int32) for name in ("layers", "sequences", "table_width", "block_size", "threads")),
+        *((name, c_void_p) for name in ("positions", "slots", "logit_row", "copy_row", "copy_slot", "starts", "context",
+                                        "tables")),
         *((name, c_void_p) for name in ("residual", "normed", "qkv", "mixed", "gated")),
         ("kv", c_void_p),
         ("kv_layer_stride", c_int64),
@@ -165,12 +166,14 @@ class CpuRunner:
         residual = self._embedding[batch.token_ids]
         logits = torch.empty(wanted, self._config.vocab_size)
         step = self._step
-        step.rows, step.logit_rows = rows, wanted
+        step.rows, step.logit_rows, step.copies = rows, wanted, batch.copy_rows.numel()
+        step.layers = self._config.num_layers if batch.layers is None else batch.layers
         step.sequences, step.table_width = batch.block_tables.shape
         step.block_size = kv.shape[4]
         step.threads = torch.get_num_threads()
         step.positions, step.slots = batch.positions.data_ptr(), batch.slots.data_ptr()
         step.logit_row, step.starts = batch.logit_rows.data_ptr(), batch.query_starts.data_ptr()
+        step.copy_row, step.copy_slot = batch.copy_rows.data_ptr(), batch.copy_slots.data_ptr()
         step.context, step.tables = batch.context_lengths.data_ptr(), batch.block_tables.data_ptr()
         step.residual, step.logits = residual.data_ptr(), logits.data_ptr()
         step.kv, step.kv_layer_stride = kv.data_ptr(), kv.stride(0)

@@ -86,15 +86,22 @@ class TorchRunner:
         groups = self._group_queries(batch)
         cosines = self._cosines[batch.positions.to(self._device)]
         slots = batch.slots.to(self._device)
+        copies = batch.copy_rows.to(self._device), batch.copy_slots.to(self._device)
         residual = self._weights.embedding[batch.token_ids.to(self._device)]
-        for layer, pool in zip(self._layers, kv, strict=True):
-            queries = self._project_and_keep(residual, layer, cosines, slots, pool)
+        for layer, pool in zip(self._layers[: batch.layers], kv, strict=False):
+            queries = self._project_and_keep(residual, layer, cosines, slots, copies, pool)
             mixed = self._attend(queries, groups, pool)
             residual = by_tiles(self._tiling.rows, lambda x, y, w=layer: self._update(x, y, w), residual, mixed)
         return by_tiles(self._tiling.rows, self._logits, residual[batch.logit_rows.to(self._device)])
 
     def _project_and_keep(
-        self, residual: Tensor, layer: LayerWeights, cosines: Tensor, slots: Tensor, pool: Tensor
+        self,
+        residual: Tensor,
+        layer: LayerWeights,
+        cosines: Tensor,
+        slots: Tensor,
+        copies: tuple[Tensor, Tensor],
+        pool: Tensor,
     ) -> Tensor:
         """Rotated queries [rows, heads, head_dim]; keys and values go to their slots of the layer's pool."""
         config = self._config
@@ -108,9 +115,10 @@ class TorchRunner:
             return torch.cat([rotate(q, angles), rotate(k, angles), v], 1)
 
         qkv = by_tiles(self._tiling.rows, project, residual, cosines)
-        block, offset = slots // pool.shape[3], slots % pool.shape[3]
-        pool[block, 0, :, offset] = qkv[:, heads : heads + kv_heads]
-        pool[block, 1, :, offset] = qkv[:, heads + kv_heads :]
+        keys_values = qkv[:, heads:].unflatten(1, (2, kv_heads))
+        pool[slots // pool.shape[3], :, :, slots % pool.shape[3]] = keys_values
+        rows, others = copies
+        pool[others // pool.shape[3], :, :, others % pool.shape[3]] = keys_values[rows]
         return qkv[:, :heads]
 
     def _update(self, residual: Tensor, mixed: Tensor, layer: LayerWeights) -> Tensor:

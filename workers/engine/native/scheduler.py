@@ -12,24 +12,46 @@ computed again later. Blocks that wait for KV from elsewhere are never taken.
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
+from tidemill.core.tree import EMPTY, ROOT, TokenTree
+from workers.engine.native.paths import TreePath, lay_out
 from workers.engine.native.pool import BlockPool
 from workers.engine.native.sequence import Sequence, SequenceState
 
 
 @dataclass(slots=True)
 class Slice:
-    """Rows of one sequence in a step: tokens [start, start + rows), and then its draft's."""
+    """Rows of one sequence in a step: tokens [start, start + rows), and then the nodes of its draft, path by path.
+
+    Owns the branches of the paths until `release`.
+    """
 
     sequence: Sequence
     start: int
     rows: int
     yields: bool  # the step decodes a token for the sequence
-    draft: tuple[int, ...] = ()
+    draft: TokenTree = EMPTY
+    paths: list[TreePath] = field(default_factory=list)
 
     @property
     def end(self) -> int:
-        """Position after the last row."""
-        return self.start + self.rows + len(self.draft)
+        """Position after the last of the sequence's own rows."""
+        return self.start + self.rows
+
+    @property
+    def nodes(self) -> list[int]:
+        """The draft's nodes that have a row, in the order of the rows."""
+        return [node for path in self.paths for node in path.nodes]
+
+    @property
+    def places(self) -> dict[int, int]:
+        """Where the logits after each node are among those of this slice, the last committed token's being first."""
+        return {ROOT: 0} | {node: 1 + index for index, node in enumerate(self.nodes)}
+
+    def release(self) -> None:
+        """Give up what the draft's branches hold."""
+        for path in self.paths:
+            if path.branch is not None:
+                path.branch.release()
 
 
 @dataclass(slots=True)
@@ -39,6 +61,11 @@ class Plan:
     slices: list[Slice] = field(default_factory=list)
     reached: list[Sequence] = field(default_factory=list)  # at their goal without a row: all of it is here
     preempted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def batch_tokens(self) -> int:
+        """Rows of the flattened forward."""
+        return sum(piece.rows + len(piece.nodes) for piece in self.slices)
 
 
 class Scheduler:
@@ -138,10 +165,9 @@ class Scheduler:
         rows = 0
         for piece in plan.slices:
             if piece.sequence.draft and rows < budget:
-                kv = piece.sequence.kv
-                piece.draft = piece.sequence.draft[: max(min(budget - rows, kv.room - piece.rows), 0)]
-                kv.grow(piece.end)
-                rows += len(piece.draft)
+                piece.draft = piece.sequence.draft
+                piece.paths = lay_out(piece.draft, piece.sequence.kv, piece.start, budget - rows)
+                rows += len(piece.nodes)
         return rows
 
     def _plan_chunks(self, plan: Plan, computing: list[Sequence], budget: int) -> int:
@@ -173,7 +199,7 @@ class Scheduler:
         while not sequence.kv.grow(start + rows):
             if self._preempt(plan) is sequence:
                 return 0
-        yields = sequence.quota != 0 and start + rows == len(sequence.tokens)
+        yields = sequence.decodes and start + rows == len(sequence.tokens)
         plan.slices.append(Slice(sequence, start, rows, yields))
         self._turns += 1
         sequence.turn = self._turns
@@ -188,6 +214,9 @@ class Scheduler:
         victim.take_blocks()
         victim.state = SequenceState.WAITING
         self.waiting.appendleft(victim)
+        for each in plan.slices:
+            if each.sequence is victim:
+                each.release()
         plan.slices = [each for each in plan.slices if each.sequence is not victim]
         plan.reached = [each for each in plan.reached if each is not victim]
         plan.preempted.append(victim)
@@ -237,5 +266,5 @@ class Scheduler:
         """Raises AssertionError if a sequence is not where its state says; for tests."""
         assert all(each.state is SequenceState.WAITING and not each.kv.blocks for each in self.waiting)
         assert all(each.state is SequenceState.RUNNING for each in self.running)
-        assert all(each.state is SequenceState.HELD and each.todo == 0 for each in self.held)
+        assert all(each.state is SequenceState.HELD and not each.decodes for each in self.held)
         assert all(each.state is SequenceState.RECEIVING for each in self.receiving)

@@ -5,7 +5,9 @@ from enum import StrEnum
 
 from tidemill.core.model import Request
 from tidemill.core.text import TextStream
+from tidemill.core.tree import EMPTY, TokenTree
 from tidemill.types import FinishReason
+from workers.engine.native.growth import Growth
 from workers.engine.native.table import BlockTable
 from workers.engine.sampling import Sampler
 
@@ -25,34 +27,33 @@ class Sequence:
 
     request: Request
     tokens: list[int]
-    quota: int | None  # tokens still to decode before it is held; None: decode until it finishes
+    decodes: bool  # until it finishes; False: it is held once the KV of all tokens but the last is here
     kv: BlockTable
     sampler: Sampler
     text: TextStream | None = None  # only where stop strings are looked for
     state: SequenceState = SequenceState.WAITING
-    draft: tuple[int, ...] = ()  # to be verified in the next step
+    draft: TokenTree = EMPTY  # to be verified in the next step
+    growth: Growth | None = None  # the tree drafted after its tokens
     turn: int = 0  # when it last got rows; the lowest is the one that waited longest
 
     @property
     def goal(self) -> int:
         """Tokens whose KV is wanted now: all, or all but the last if nothing is to be decoded."""
-        return len(self.tokens) - (1 if self.quota == 0 else 0)
+        return len(self.tokens) - (not self.decodes)
 
     @property
     def todo(self) -> int:
         """Rows until the goal."""
-        return len(self.tokens) - self.kv.computed - (1 if self.quota == 0 else 0)
+        return len(self.tokens) - self.kv.computed - (not self.decodes)
 
     @property
     def decoding(self) -> bool:
         """True if its next row yields a token."""
-        return self.quota != 0 and self.kv.computed == len(self.tokens) - 1 and self.state is SequenceState.RUNNING
+        return self.decodes and self.kv.computed == len(self.tokens) - 1 and self.state is SequenceState.RUNNING
 
     @property
     def room(self) -> int:
-        """Tokens that may still be decoded, by `max_tokens` or the quota."""
-        if self.quota is not None:
-            return self.quota
+        """Tokens that may still be decoded, by `max_tokens`."""
         return self.request.sampling.max_tokens - (len(self.tokens) - len(self.request.prompt))
 
     def append(self, token: int, eos: frozenset[int], context_length: int) -> FinishReason | None:
@@ -60,9 +61,6 @@ class Sequence:
         self.tokens.append(token)
         self.sampler.add(token)
         full = len(self.tokens) >= context_length
-        if self.quota is not None:
-            self.quota = 0 if full else self.quota - 1
-            return None
         sampling = self.request.sampling
         if token in sampling.stop_token_ids or (token in eos and not sampling.ignore_eos):
             return FinishReason.STOP_TOKEN
@@ -72,18 +70,36 @@ class Sequence:
                 return FinishReason.STOP_STRING
         return FinishReason.LENGTH if full or self.room <= 0 else None
 
-    def replace_output(self, output: list[int], quota: int) -> None:
-        """Other tokens after the prompt, and `quota` to decode after them. Keeps the KV that still fits."""
+    def follow(self, output: list[int]) -> None:
+        """Its output is this now. Keeps the KV that still fits, and what of its tree still follows."""
         tokens = [*self.request.prompt, *output]
-        common = common_prefix(self.tokens, tokens)
-        self.tokens, self.quota, self.draft = tokens, quota, ()
-        self.sampler = Sampler(self.request.sampling, self.request.prompt, output)
-        self.kv.diverge(common, len(tokens) - 1)
+        common, last = common_prefix(self.tokens, tokens), len(tokens) - 1
+        computed = self.kv.computed
+        if common == len(self.tokens):
+            added = tokens[common:]
+            if self.growth is not None:
+                computed += self.growth.follow(added)
+            for token in added:
+                self.sampler.add(token)
+        else:
+            self.drop_growth()
+            self.sampler = Sampler(self.request.sampling, self.request.prompt, output)
+            self.kv.diverge(common, last)
+            computed = self.kv.computed
+        self.tokens = tokens
+        self.kv.advance(tokens, min(computed, last))
 
     def take_blocks(self) -> None:
         """Give its KV up; the tokens stay."""
+        self.drop_growth()
         self.kv.clear()
-        self.draft = ()
+        self.draft = EMPTY
+
+    def drop_growth(self) -> None:
+        """Forget the tree and free its branches."""
+        if self.growth is not None:
+            self.growth.clear()
+            self.growth = None
 
 
 def common_prefix(left: list[int], right: list[int]) -> int:

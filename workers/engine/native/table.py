@@ -6,6 +6,39 @@ from collections.abc import Sequence
 from workers.engine.native.pool import ROOT, BlockPool, chain_hash
 
 
+class Branch:
+    """Another way on for a sequence: its own blocks up to `first`, which are borrowed, then private ones.
+
+    Owns the private ones until it is released, or until the sequence's table takes them.
+    """
+
+    __slots__ = ("_pool", "blocks", "first")
+
+    def __init__(self, pool: BlockPool, shared: "array[int]", count: int) -> None:
+        """Raises OutOfBlocks."""
+        self._pool = pool
+        self.first = len(shared)
+        self.blocks = shared + array("i", pool.allocate(count))
+
+    def grow(self, tokens: int) -> bool:
+        """As `BlockTable.grow`."""
+        count = max(-(-tokens // self._pool.block_size) - len(self.blocks), 0)
+        if count > self._pool.available:
+            return False
+        self.blocks.extend(self._pool.allocate(count))
+        return True
+
+    def take(self) -> "array[int]":
+        """The private blocks; whoever calls owns them from here on."""
+        private = self.blocks[self.first :]
+        del self.blocks[self.first :]
+        return private
+
+    def release(self) -> None:
+        """Give the private blocks up, if it still has them."""
+        self._pool.release(self.take())
+
+
 class BlockTable:
     """Owns one reference to each of its blocks; block i holds tokens [i * block_size, (i + 1) * block_size).
 
@@ -66,6 +99,20 @@ class BlockTable:
         if len(self.blocks) > keep:
             self._pool.release(self.blocks[keep:])
             del self.blocks[keep:]
+
+    def branch(self, start: int, tokens: int) -> Branch | None:
+        """Another way on from position `start`, with room for `tokens` in all; None if there are too few blocks.
+
+        `start` is not before the last published block, so what is shared is never written to.
+        """
+        first = start // self._size
+        count = -(-tokens // self._size) - first
+        return Branch(self._pool, self.blocks[:first], count) if count <= self._pool.available else None
+
+    def follow(self, branch: Branch) -> None:
+        """Go on as the branch does: its private blocks are the table's now, and those they replace are given back."""
+        self._pool.release(self.blocks[branch.first :])
+        self.blocks[branch.first :] = branch.take()
 
     def diverge(self, common: int, keep: int) -> None:
         """Only the first `common` tokens are still the sequence's: keep the KV of at most `keep` of them.

@@ -22,9 +22,9 @@ struct Decoder {
 };
 
 struct Step {
-  int64_t rows, logit_rows;
-  int32_t sequences, table_width, block_size, threads;
-  const int64_t *positions, *slots, *logit_row;
+  int64_t rows, logit_rows, copies;
+  int32_t layers, sequences, table_width, block_size, threads;
+  const int64_t *positions, *slots, *logit_row, *copy_row, *copy_slot;
   const int32_t *starts, *context, *tables;
   void* residual;                       // [rows, hidden]: the embedded tokens on entry
   void *normed, *qkv, *mixed, *gated;   // scratch for every row
@@ -39,7 +39,7 @@ static void forward(const Decoder& m, const Step& s) {
   const AttentionShape shape{m.heads, m.kv_heads, m.head_dim, s.block_size, m.scale};
   const int64_t rows = s.rows, hidden = m.hidden, inner = m.intermediate, queries = (int64_t)m.heads * m.head_dim;
   T *residual = (T*)s.residual, *normed = (T*)s.normed, *qkv = (T*)s.qkv, *mixed = (T*)s.mixed, *gated = (T*)s.gated;
-  for (int i = 0; i < m.layers; i++) {
+  for (int i = 0; i < s.layers; i++) {
     const Layer& w = m.layer[i];
     T* kv = (T*)s.kv + i * s.kv_layer_stride;
     rms_norm<T>(residual, (const T*)w.input_norm, normed, rows, hidden, m.eps);
@@ -47,6 +47,8 @@ static void forward(const Decoder& m, const Step& s) {
               Store<T>{qkv, shape.row_size(), w.qkv_bias});
     rotate_and_keep<T>(qkv, kv, s.positions, s.slots, m.cosines, (const T*)w.q_norm, (const T*)w.k_norm, rows, m.eps,
                        shape);
+    for (int64_t c = 0; c < s.copies; c++)
+      keep_row<T>(qkv + s.copy_row[c] * shape.row_size(), kv, s.copy_slot[c], shape);
     attention<T>(qkv, mixed, kv, s.sequences, s.starts, s.context, s.tables, s.table_width, shape);
     linear<T>(mixed, (const T*)w.output, rows, queries, panels_of(hidden, 1),
               AddTo<T>{residual, hidden, w.output_bias});

@@ -45,6 +45,17 @@ static inline void keep(const T* key, const T* value, T* keys, T* values, int of
   for (int d = 0; d < shape.head_dim; d++) values[d * P] = value[d];
 }
 
+// Writes a rotated row's keys and values of all KV heads to a slot of the pool.
+template <typename T>
+static inline void keep_row(const T* row, T* kv, int64_t slot, const AttentionShape& shape) {
+  const int D = shape.head_dim, H = shape.heads, K = shape.kv_heads;
+  T* block = kv + slot / shape.block_size * shape.block_stride();
+  const int offset = (int)(slot % shape.block_size);
+  for (int h = 0; h < K; h++)
+    keep<T>(row + (H + h) * D, row + (H + K + h) * D, block + h * shape.head_stride(),
+            block + shape.values_offset() + h * shape.head_stride(), offset, shape);
+}
+
 // qkv [rows, (heads + 2 kv_heads) head_dim]: queries are rotated in place; keys, rotated, and values go to their slots
 // of the KV pool. `q_norm`, `k_norm`: per-head norms of Qwen3, or null.
 template <typename T>
@@ -59,10 +70,6 @@ static void rotate_and_keep(T* qkv, T* kv, const int64_t* positions, const int64
       if (norm) rms_norm_row<T>(row + h * D, norm, row + h * D, D, eps);
       rotate_head<T>(row + h * D, cosines + positions[r] * D, D);
     }
-    T* block = kv + slots[r] / shape.block_size * shape.block_stride();
-    const int offset = (int)(slots[r] % shape.block_size);
-    for (int h = 0; h < K; h++)
-      keep<T>(row + (H + h) * D, row + (H + K + h) * D, block + h * shape.head_stride(),
-              block + shape.values_offset() + h * shape.head_stride(), offset, shape);
+    keep_row<T>(row, kv, slots[r], shape);
   }
 }
