@@ -52,10 +52,11 @@ docs: env
 
 # make bench: the measurements of the README, against vLLM on the same core (makes a second environment for it).
 bench: env .venv-vllm/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/bench-serve.txt
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.kv_link
-	$(BIN)/python -m benchmarks.router_throughput
+	$(BIN)/python -m benchmarks.router_throughput --ray-serve
 
 .venv-vllm/.installed: requirements/bench-vllm.txt
 	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm

@@ -85,8 +85,7 @@ class LocalCluster:
             return loop.holds_nothing
 
         await self.settled(lambda: all(worker.on_engine_thread(clean).result() for worker in self.workers))
-        described = self.router.describe()
-        assert described["active"] == described["queued"] == 0
+        await self.settled(lambda: self.router.describe()["active"] == self.router.describe()["queued"] == 0)
 
 
 @contextlib.asynccontextmanager
@@ -112,13 +111,15 @@ async def local_cluster(settings: Settings, roles: Sequence[Role] = ALL_ROLES) -
 class ProcessWorker:
     """A worker in a process of its own, which can be killed."""
 
-    def __init__(self, name: str, role: Role, settings: Settings) -> None:
+    def __init__(self, name: str, role: Role, settings: Settings, core: int | None = None) -> None:
+        """`core`: the only one it runs on."""
         self.name, self.role = name, role
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.worker_process", name, str(role), settings.model_dump_json()],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(MODELS.parent)},
+            preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
         )
         self.peer: Peer | None = None
 

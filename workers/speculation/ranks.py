@@ -1,4 +1,4 @@
-"""How often the target takes a draft's likeliest token, its second likeliest, and so on: static trees are made for it."""
+"""How often the target takes a draft's likeliest token, its second likeliest, and so on: for static trees."""
 
 from collections.abc import Sequence
 

@@ -1,0 +1,42 @@
+"""A link between two workers that takes its time: every byte comes so much later, however many are on their way."""
+
+import asyncio
+import contextlib
+
+
+class DelayedLink:
+    """Forwards connections to `target` (host:port); bytes take `delay_s` longer each way."""
+
+    def __init__(self, target: str, delay_s: float) -> None:
+        self._host, _, port = target.rpartition(":")
+        self._port = int(port)
+        self._delay_s = delay_s
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def address(self) -> str:
+        """Where to connect instead."""
+        return f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+
+    async def start(self) -> "DelayedLink":
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return self
+
+    async def stop(self) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(self._host, self._port)
+        for source, sink in ((reader, back), (there, writer)):
+            task = asyncio.create_task(self._carry(source, sink))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _carry(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        loop = asyncio.get_running_loop()
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(65536):
+                loop.call_later(self._delay_s, sink.write, data)
+        loop.call_later(self._delay_s, sink.close)
