@@ -144,7 +144,7 @@ class Router:
         """The first token may take a prompt's time, those after it a step's."""
         deadlines = self._settings.deadlines
         patience_s = deadlines.transfer_s if placement.prefill else deadlines.prefill_s
-        slo_class = journey.request.slo_class
+        slo_class = journey.request.slo.name
         while journey.finish is None:
             event = await attempt.next(patience_s, placement.verify)
             if not isinstance(event, Tokens):

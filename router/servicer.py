@@ -96,7 +96,7 @@ class Servicer(InferenceServicer):
         card = self._model.card
         wire.check_prompt(prompt, card)
         sampling = wire.sampling_from_pb(message.sampling, card, len(prompt))
-        return wire.new_request(message.request_id, prompt, sampling, message.slo_class, self._settings.slo)
+        return wire.new_request(message, prompt, sampling, self._settings.slo)
 
     # --- answers ------------------------------------------------------------------------------------------------
 
@@ -182,7 +182,7 @@ class Servicer(InferenceServicer):
             if not journey.lifecycle.ended:
                 journey.lifecycle.move(RequestState.FAILED)
             return
-        slo_class, timing = journey.request.slo_class, journey.timing
+        slo_class, timing = journey.request.slo.name, journey.timing
         for series, seconds in (
             (metrics.TTFT, timing.ttft_s),
             (metrics.TTFT_QUEUE, timing.queue_s),

@@ -5,11 +5,12 @@ Every check says what was wrong, what was expected, and what to do.
 
 import math
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 
 from tidemill.core.messages import Tokens
-from tidemill.core.model import Request
+from tidemill.core.model import Request, SloClass
+from tidemill.core.settings import SloSettings
 from tidemill.errors import InvalidRequest, ModelNotFound
 from tidemill.proto import inference_pb2 as pb
 from tidemill.types import FinishReason, Message, ModelCard, SamplingParams, Summary, TokenLogprobs
@@ -101,21 +102,38 @@ def check_prompt(tokens: Sequence[int], card: ModelCard) -> None:
         )
 
 
-def check_id(request_id: str) -> None:
+def check_name(field: str, name: str) -> None:
     """Raises InvalidRequest."""
-    if len(request_id) > MAX_ID_LENGTH or not request_id.isprintable():
-        raise InvalidRequest(f"request_id must be at most {MAX_ID_LENGTH} printable characters")
+    if len(name) > MAX_ID_LENGTH or not name.isprintable():
+        raise InvalidRequest(f"{field} must be at most {MAX_ID_LENGTH} printable characters")
 
 
 def new_request(
-    request_id: str, prompt: Sequence[int], sampling: SamplingParams, slo_class: str, classes: Iterable[str]
+    message: pb.GenerateRequest | pb.ChatRequest,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    classes: Mapping[str, SloSettings],
 ) -> Request:
-    """Raises InvalidRequest for an id or a class that cannot be."""
-    check_id(request_id)
-    name = slo_class or "default"
+    """Raises InvalidRequest for an id, a tenant or a latency goal that cannot be."""
+    check_name("request_id", message.request_id)
+    check_name("tenant", message.tenant)
+    slo = slo_from_pb(message, classes)
+    return Request(message.request_id or secrets.token_hex(8), tuple(prompt), sampling, (), slo, message.tenant)
+
+
+def slo_from_pb(message: pb.GenerateRequest | pb.ChatRequest, classes: Mapping[str, SloSettings]) -> SloClass:
+    """The goal of a class of the settings, or the request's own. Raises InvalidRequest."""
+    if message.HasField("slo"):
+        own = SloClass("custom", message.slo.ttft_s, message.slo.tpot_s)
+        if message.slo_class:
+            raise InvalidRequest("slo_class and slo are both set; send one of them")
+        if not (0 < own.ttft_s < math.inf and 0 < own.tpot_s < math.inf):
+            raise InvalidRequest(f"slo has ttft_s {own.ttft_s} and tpot_s {own.tpot_s}; expected seconds above 0")
+        return own
+    name = message.slo_class or "default"
     if name not in classes:
         raise InvalidRequest(f"slo_class {_shown(name)} is not in the settings; there are {', '.join(classes)}")
-    return Request(request_id or secrets.token_hex(8), tuple(prompt), sampling, (), name)
+    return SloClass(name, classes[name].ttft_s, classes[name].tpot_s)
 
 
 def messages_from_pb(messages: Iterable[pb.Message]) -> list[Message]:

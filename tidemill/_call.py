@@ -19,6 +19,7 @@ from tidemill.types import (
     ModelCard,
     Route,
     SamplingParams,
+    Slo,
     Speculation,
     Summary,
     Timing,
@@ -26,7 +27,7 @@ from tidemill.types import (
 )
 
 Prompt = str | Sequence[int]
-NAMES_ARE_TEXT = "model, request_id and slo_class must be text"
+NAMES_ARE_TEXT = "model, request_id and tenant must be text, and slo a class's name or an Slo"
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.05, 2.0
 HEALTH_METHOD, HEALTH_REQUEST = "/grpc.health.v1.Health/Check", b""  # of the server as a whole
@@ -117,13 +118,24 @@ def _expecting(what: str) -> Iterator[None]:
         raise InvalidRequest(f"{what}: {error}") from error
 
 
+def _set_names(
+    request: pb.GenerateRequest | pb.ChatRequest, model: str, request_id: str, slo: str | Slo, tenant: str
+) -> None:
+    with _expecting(NAMES_ARE_TEXT):
+        request.model, request.request_id, request.tenant = model, request_id, tenant
+        if not isinstance(slo, Slo):
+            request.slo_class = slo
+    if isinstance(slo, Slo):
+        with _expecting("the two goals of an Slo must be seconds"):
+            request.slo.ttft_s, request.slo.tpot_s = slo.ttft_s, slo.tpot_s
+
+
 def generate_request(
-    prompt: Prompt, sampling: SamplingParams, model: str, request_id: str, slo_class: str
+    prompt: Prompt, sampling: SamplingParams, model: str, request_id: str, slo: str | Slo, tenant: str
 ) -> pb.GenerateRequest:
     """Raises InvalidRequest for values of the wrong type."""
     request = pb.GenerateRequest(sampling=_sampling_to_pb(sampling))
-    with _expecting(NAMES_ARE_TEXT):
-        request.model, request.request_id, request.slo_class = model, request_id, slo_class
+    _set_names(request, model, request_id, slo, tenant)
     with _expecting("the prompt must be text, or token ids from 0 up"):
         if isinstance(prompt, str):
             request.text = prompt
@@ -133,12 +145,11 @@ def generate_request(
 
 
 def chat_request(
-    messages: Iterable[Message], sampling: SamplingParams, model: str, request_id: str, slo_class: str
+    messages: Iterable[Message], sampling: SamplingParams, model: str, request_id: str, slo: str | Slo, tenant: str
 ) -> pb.ChatRequest:
     """Raises InvalidRequest for values of the wrong type."""
     request = pb.ChatRequest(sampling=_sampling_to_pb(sampling))
-    with _expecting(NAMES_ARE_TEXT):
-        request.model, request.request_id, request.slo_class = model, request_id, slo_class
+    _set_names(request, model, request_id, slo, tenant)
     with _expecting("messages must be tidemill.Message(role, content), both text"):
         for each in messages:
             request.messages.add(role=each.role, content=each.content)

@@ -11,7 +11,7 @@ from tidemill._call import CallOptions, Prompt, Tls
 from tidemill.errors import TidemillError
 from tidemill.proto import inference_pb2 as pb
 from tidemill.proto.inference_pb2_grpc import InferenceStub
-from tidemill.types import Chunk, Completion, Message, ModelCard, SamplingParams
+from tidemill.types import Chunk, Completion, Message, ModelCard, SamplingParams, Slo
 
 Answer = TypeVar("Answer")
 
@@ -62,13 +62,14 @@ class AsyncClient:
         *,
         model: str = "",
         request_id: str = "",
-        slo_class: str = "",
+        slo: str | Slo = "",
+        tenant: str = "",
         timeout: float | None = None,
         **sampling: Any,
     ) -> Completion:
         """The whole answer to a text or token ids; sampling parameters by keyword, or as `params`."""
         chosen = _call.sampling_params(params, sampling)
-        request = _call.generate_request(prompt, chosen, model, request_id, slo_class)
+        request = _call.generate_request(prompt, chosen, model, request_id, slo, tenant)
         return _call.completion_from_pb(await self._unary(self._stub.Generate, request, timeout))
 
     def stream(
@@ -78,13 +79,14 @@ class AsyncClient:
         *,
         model: str = "",
         request_id: str = "",
-        slo_class: str = "",
+        slo: str | Slo = "",
+        tenant: str = "",
         timeout: float | None = None,
         **sampling: Any,
     ) -> AsyncIterator[Chunk]:
         """The answer as it comes. Leaving the loop, or closing the iterator, cancels the request everywhere."""
         chosen = _call.sampling_params(params, sampling)
-        request = _call.generate_request(prompt, chosen, model, request_id, slo_class)
+        request = _call.generate_request(prompt, chosen, model, request_id, slo, tenant)
         return self._stream(self._stub.GenerateStream, request, timeout)
 
     async def chat(
@@ -94,13 +96,14 @@ class AsyncClient:
         *,
         model: str = "",
         request_id: str = "",
-        slo_class: str = "",
+        slo: str | Slo = "",
+        tenant: str = "",
         timeout: float | None = None,
         **sampling: Any,
     ) -> Completion:
         """Like `generate`, for a conversation laid out by the model's chat template."""
         chosen = _call.sampling_params(params, sampling)
-        request = _call.chat_request(messages, chosen, model, request_id, slo_class)
+        request = _call.chat_request(messages, chosen, model, request_id, slo, tenant)
         return _call.completion_from_pb(await self._unary(self._stub.Chat, request, timeout))
 
     def stream_chat(
@@ -110,13 +113,14 @@ class AsyncClient:
         *,
         model: str = "",
         request_id: str = "",
-        slo_class: str = "",
+        slo: str | Slo = "",
+        tenant: str = "",
         timeout: float | None = None,
         **sampling: Any,
     ) -> AsyncIterator[Chunk]:
         """Like `stream`, for a conversation."""
         chosen = _call.sampling_params(params, sampling)
-        request = _call.chat_request(messages, chosen, model, request_id, slo_class)
+        request = _call.chat_request(messages, chosen, model, request_id, slo, tenant)
         return self._stream(self._stub.ChatStream, request, timeout)
 
     async def tokenize(self, text: str, *, model: str = "") -> list[int]:

@@ -38,6 +38,14 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Slo:
+    """A latency goal of a request's own, in seconds; the settings may name others."""
+
+    ttft_s: float  # time to first token
+    tpot_s: float  # mean time per output token after it
+
+
+@dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """Natural log-probabilities at one position, of the model's own distribution (before temperature and filters)."""
 

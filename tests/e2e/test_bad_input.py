@@ -135,7 +135,7 @@ async def test_unknown_chat_role_and_empty_chat(client: AsyncClient) -> None:
 
 async def test_unknown_slo_class_and_impossible_ids(client: AsyncClient) -> None:
     with pytest.raises(InvalidRequest, match="slo_class 'gold' is not in the settings; there are default"):
-        await client.generate("x", slo_class="gold")
+        await client.generate("x", slo="gold")
     with pytest.raises(InvalidRequest, match="at most 128 printable"):
         await client.generate("x", request_id="r" * 200)
     with pytest.raises(InvalidRequest, match="at most 128 printable"):

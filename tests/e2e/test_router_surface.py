@@ -258,7 +258,7 @@ async def test_what_is_repeated_in_errors_is_short(router: RouterServer) -> None
         with pytest.raises(ModelNotFound, match=r"'n{64}\.\.\.' is not served here; 'tiny' is"):
             await client.generate("x", model=long)
         with pytest.raises(InvalidRequest, match=r"slo_class 'n{64}\.\.\.'"):
-            await client.generate("x", slo_class=long)
+            await client.generate("x", slo=long)
         with pytest.raises(InvalidRequest, match=r"message role 'n{64}\.\.\.'"):
             await client.chat([Message(long, "x")])
 

@@ -14,7 +14,7 @@ import tidemill
 from tidemill import errors
 from tidemill.core import lifecycle, messages, wire
 from tidemill.core.metrics import ROUTER_SERIES, TTFT, WORKER_SERIES, Metrics
-from tidemill.core.model import Peer, Request, Role, WorkerId, WorkerLoad
+from tidemill.core.model import Peer, Request, Role, SloClass, WorkerId, WorkerLoad
 from tidemill.core.settings import SettingsError, load_settings
 from tidemill.core.text import TextStream, TokenizerError, load_tokenizer
 from tidemill.core.tree import Shape, TokenTree
@@ -106,7 +106,8 @@ sampling = st.builds(
     seed=st.none() | st.integers(0, 2**63 - 1),
     logprobs=st.none() | st.integers(0, 20),
 )
-requests = st.builds(Request, names, tokens, sampling, tokens, names)
+slos = st.builds(SloClass, names, st.floats(0, 99), st.floats(0, 99))
+requests = st.builds(Request, names, tokens, sampling, tokens, slos, names)
 leases = st.builds(
     messages.Lease, st.integers(0, 2**60), names, peers, st.integers(0, 99), st.integers(0, 99), st.floats(0, 99)
 )

@@ -47,11 +47,14 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class SloClass:
-    """A latency goal, named in the settings; a request's class is a metric label."""
+    """A latency goal. The name is a metric label: a class of the settings, or "custom" for a request's own goal."""
 
     name: str
     ttft_s: float
     tpot_s: float
+
+
+DEFAULT_SLO = SloClass("default", 1.0, 0.1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +69,8 @@ class Request:
     prompt: tuple[int, ...]
     sampling: SamplingParams
     output: tuple[int, ...] = ()
-    slo_class: str = "default"
+    slo: SloClass = DEFAULT_SLO
+    tenant: str = ""  # what is learned from its texts is used for no other
 
     @property
     def tokens(self) -> tuple[int, ...]:

@@ -26,7 +26,7 @@ from tidemill.core.messages import (
     Submit,
     Tokens,
 )
-from tidemill.core.model import Peer, Request, Role, WorkerId, WorkerLoad
+from tidemill.core.model import Peer, Request, Role, SloClass, WorkerId, WorkerLoad
 from tidemill.core.tree import Shape, TokenTree
 from tidemill.types import FinishReason, SamplingParams, TokenLogprobs
 
@@ -65,7 +65,8 @@ def request_to_pb(request: Request) -> pb.Request:
         prompt=request.prompt,
         output=request.output,
         sampling=sampling,
-        slo_class=request.slo_class,
+        slo=pb.Slo(name=request.slo.name, ttft_s=request.slo.ttft_s, tpot_s=request.slo.tpot_s),
+        tenant=request.tenant,
     )
 
 
@@ -77,7 +78,12 @@ def request_from_pb(message: pb.Request) -> Request:
     for name in ("seed", "logprobs"):
         values[name] = getattr(sampling, name) if sampling.HasField(name) else None
     return Request(
-        message.id, tuple(message.prompt), SamplingParams(**values), tuple(message.output), message.slo_class
+        message.id,
+        tuple(message.prompt),
+        SamplingParams(**values),
+        tuple(message.output),
+        SloClass(message.slo.name, message.slo.ttft_s, message.slo.tpot_s),
+        message.tenant,
     )
 
 

@@ -26,6 +26,8 @@ def frontier(strategy: Strategy, tree: TokenTree, done: Container[int], shape: S
 
     A node's children are ordered by chance. `template` is what a static tree is to become.
     """
+    if min(shape.depth, shape.width, shape.nodes) <= 0:
+        return []
     if ROOT not in done:
         return [ROOT]
     match strategy:
@@ -71,7 +73,7 @@ def fill(template: Template, tree: TokenTree) -> dict[int, int]:
 
 def _chain(tree: TokenTree, done: Container[int], shape: Shape) -> list[int]:
     tip = ROOT
-    for _ in range(shape.depth):
+    for _ in range(min(shape.depth, shape.nodes)):
         if tip not in done:
             return [tip]
         tip = next((node for node in range(tip + 1, len(tree)) if tree.parents[node] == tip), len(tree))

@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tidemill
-from tidemill import InvalidRequest, Message, MessageTooLarge, SamplingParams, _call, errors
+from tidemill import InvalidRequest, Message, MessageTooLarge, SamplingParams, Slo, _call, errors
 from tidemill.errors import KIND_METADATA_KEY, TABLE, status_of
 
 
 def test_public_names_are_these() -> None:
     assert set(tidemill.__all__) == {
-        "Client", "AsyncClient", "Tls", "SamplingParams", "Message", "Chunk", "Completion", "Summary", "Timing",
+        "Client", "AsyncClient", "Tls", "SamplingParams", "Slo", "Message", "Chunk", "Completion", "Summary", "Timing",
         "Route", "Speculation", "TokenLogprobs", "FinishReason", "ModelCard", "TidemillError", "InvalidRequest",
         "ModelNotFound", "MessageTooLarge", "Unauthenticated", "Overloaded", "DeadlineExceeded", "Cancelled",
         "Unavailable", "InternalError",
@@ -55,20 +55,20 @@ def test_keywords_go_on_top_of_params() -> None:
 )  # fmt: skip
 def test_what_cannot_even_be_sent_is_named(name: str, value: Any) -> None:
     with pytest.raises(InvalidRequest, match=f"{name} is .* wrong type or range"):
-        _call.generate_request("x", _call.sampling_params(None, {name: value}), "", "", "")
+        _call.generate_request("x", _call.sampling_params(None, {name: value}), "", "", "", "")
 
 
 @pytest.mark.parametrize("prompt", [[-1], [2**32], ["a"], 5, [1.5], None])
 def test_prompts_that_are_neither_text_nor_ids(prompt: Any) -> None:
     with pytest.raises(InvalidRequest, match="the prompt must be text, or token ids from 0 up"):
-        _call.generate_request(prompt, SamplingParams(), "", "", "")
+        _call.generate_request(prompt, SamplingParams(), "", "", "", "")
 
 
 def test_text_that_is_no_unicode() -> None:
     with pytest.raises(InvalidRequest, match="must be text"):
-        _call.generate_request("\ud800", SamplingParams(), "", "", "")
+        _call.generate_request("\ud800", SamplingParams(), "", "", "", "")
     with pytest.raises(InvalidRequest, match=r"messages must be tidemill\.Message\(role, content\)"):
-        _call.chat_request([Message("user", "\ud800")], SamplingParams(), "", "", "")
+        _call.chat_request([Message("user", "\ud800")], SamplingParams(), "", "", "", "")
     with pytest.raises(InvalidRequest, match="must be text"):
         _call.tokenize_request("\ud800", "")
 
@@ -76,12 +76,16 @@ def test_text_that_is_no_unicode() -> None:
 def test_values_of_the_wrong_kind() -> None:
     not_messages: Any = [{"role": "user", "content": "x"}]
     with pytest.raises(InvalidRequest, match="messages must be"):
-        _call.chat_request(not_messages, SamplingParams(), "", "", "")
+        _call.chat_request(not_messages, SamplingParams(), "", "", "", "")
     number: Any = 5
-    with pytest.raises(InvalidRequest, match="model, request_id and slo_class must be text"):
-        _call.generate_request("x", SamplingParams(), "", number, "")
-    with pytest.raises(InvalidRequest, match="model, request_id and slo_class must be text"):
-        _call.chat_request([], SamplingParams(), number, "", "")
+    with pytest.raises(InvalidRequest, match="model, request_id and tenant must be text"):
+        _call.generate_request("x", SamplingParams(), "", number, "", "")
+    with pytest.raises(InvalidRequest, match="model, request_id and tenant must be text"):
+        _call.chat_request([], SamplingParams(), number, "", "", "")
+    with pytest.raises(InvalidRequest, match="slo a class's name or an Slo"):
+        _call.generate_request("x", SamplingParams(), "", "", number, "")
+    with pytest.raises(InvalidRequest, match="the two goals of an Slo must be seconds"):
+        _call.generate_request("x", SamplingParams(), "", "", Slo("soon", 1.0), "")  # type: ignore[arg-type]
 
 
 @given(st.integers(0, 20))

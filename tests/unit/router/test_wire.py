@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from router import wire
 from tidemill import _call
 from tidemill.core.messages import Tokens
+from tidemill.core.model import Request, SloClass
+from tidemill.core.settings import SloSettings
 from tidemill.errors import InvalidRequest, ModelNotFound
 from tidemill.proto import inference_pb2 as pb
 from tidemill.types import (
@@ -50,7 +52,7 @@ possible = st.builds(
 
 @given(possible)
 def test_possible_parameters_arrive_as_they_were_sent(sampling: SamplingParams) -> None:
-    request = _call.generate_request("x", sampling, "", "", "")
+    request = _call.generate_request("x", sampling, "", "", "", "")
     assert wire.sampling_from_pb(request.sampling, CARD, 10) == sampling
 
 
@@ -129,19 +131,40 @@ def test_models() -> None:
         wire.check_model("large", CARD)
 
 
-@pytest.mark.parametrize("request_id", ["r" * 129, "a\nb", "\x00", "a\tb"])
-def test_impossible_ids(request_id: str) -> None:
-    with pytest.raises(InvalidRequest, match="at most 128 printable characters"):
-        wire.new_request(request_id, [1], SamplingParams(), "", ["default"])
+CLASSES = {"default": SloSettings(ttft_s=1, tpot_s=0.1), "batch": SloSettings(ttft_s=9, tpot_s=2)}
+
+
+def made(**fields: Any) -> Request:
+    return wire.new_request(pb.GenerateRequest(**fields), [1], SamplingParams(), CLASSES)
+
+
+@pytest.mark.parametrize("name", ["r" * 129, "a\nb", "\x00", "a\tb"])
+@pytest.mark.parametrize("field", ["request_id", "tenant"])
+def test_impossible_names(field: str, name: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"{field} must be at most 128 printable characters"):
+        made(**{field: name})
 
 
 def test_ids_are_made_where_none_is_given() -> None:
-    made = {wire.new_request("", [1], SamplingParams(), "", ["default"]).id for _ in range(50)}
-    assert len(made) == 50
-    given_one = wire.new_request("mine", [1], SamplingParams(), "", ["default"])
-    assert (given_one.id, given_one.slo_class) == ("mine", "default")
+    assert len({made().id for _ in range(50)}) == 50
+    assert made(request_id="mine").id == "mine"
+
+
+def test_a_goal_is_a_class_or_the_requests_own() -> None:
+    assert made().slo == SloClass("default", 1, 0.1)
+    assert made(slo_class="batch", tenant="acme").slo == SloClass("batch", 9, 2)
+    assert made(slo=pb.Slo(ttft_s=0.5, tpot_s=0.02)).slo == SloClass("custom", 0.5, 0.02)
     with pytest.raises(InvalidRequest, match="'gold' is not in the settings; there are default, batch"):
-        wire.new_request("", [1], SamplingParams(), "gold", ["default", "batch"])
+        made(slo_class="gold")
+    with pytest.raises(InvalidRequest, match="both set"):
+        made(slo_class="batch", slo=pb.Slo(ttft_s=0.5, tpot_s=0.02))
+
+
+@pytest.mark.parametrize("seconds", [0.0, -1.0, math.inf, math.nan])
+def test_impossible_goals(seconds: float) -> None:
+    for goal in (pb.Slo(ttft_s=seconds, tpot_s=1), pb.Slo(ttft_s=1, tpot_s=seconds)):
+        with pytest.raises(InvalidRequest, match="expected seconds above 0"):
+            made(slo=goal)
 
 
 @given(st.text(max_size=300))
