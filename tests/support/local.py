@@ -115,11 +115,14 @@ class ProcessWorker:
         """`core`: the only one it runs on."""
         self.name, self.role = name, role
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.worker_process", name, str(role), settings.model_dump_json()],
+            [
+                *([] if core is None else ["taskset", "--cpu-list", str(core)]),
+                *[sys.executable, "-m", "tests.support.worker_process"],
+                *[name, str(role), settings.model_dump_json()],
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(MODELS.parent)},
-            preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, {core}),
         )
         self.peer: Peer | None = None
 

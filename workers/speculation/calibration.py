@@ -19,7 +19,7 @@ DEPTH_PRIOR = 0.6
 MAX_DEPTH = 16  # nodes further down are counted with those at this depth
 STRENGTH = 8.0  # observations that a prior counts for
 MEMORY = 1000.0  # and after which what was counted is halved
-ALPHA_MEMORY = 64.0  # the same for one request, whose text changes
+ALPHA_MEMORY = 128.0  # the same for one request, whose text changes
 _CELLS = 256  # of the table that chances are looked up in
 _CENTRES = tuple((low + high) / 2 for low, high in zip((0.0, *EDGES), (*EDGES, 1.0), strict=True))
 

@@ -26,6 +26,7 @@ from workers.speculation.step_time import StepTimes
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.intp]
+_ROUNDING = 1e-9  # tokens: what sums of chances may be off by
 
 
 class Reason(StrEnum):
@@ -101,7 +102,7 @@ def select(
     needed = _needed(values, gains, needs, max(budget.rows - count, 0))
     chosen, stop = _surplus(candidates, values, needed, times, budget, overhead_s)
     expected = 1.0 + np.where(chosen > 0, gains[np.arange(count), chosen - 1], 0.0)
-    unmet = np.flatnonzero(expected < needs - 1e-9)
+    unmet = np.flatnonzero(expected < needs - _ROUNDING)
     ends = chosen.tolist()
     selection = Selection(
         tuple([tuple(nodes[:end]) for nodes, end in zip(order.tolist(), ends, strict=True)]),
@@ -129,8 +130,9 @@ def _ranked(candidates: Sequence[Candidate], most: int) -> tuple[Ids, Floats]:
 
 def _needed(values: Floats, gains: Floats, needs: Floats, room: int) -> Ids:
     """How many nodes of each request are due to its goal, `room` at most in all."""
-    wanted = ((1.0 + gains - values < needs[:, None]) & (values > 0.0)).sum(axis=1)
-    out_of_reach = 1.0 + gains[:, -1] < needs
+    lacking = needs - 1.0 - _ROUNDING  # beyond the token that every request gets
+    wanted = ((gains - values < lacking[:, None]) & (values > 0.0)).sum(axis=1)
+    out_of_reach = gains[:, -1] < lacking
     wanted = np.where(out_of_reach, np.minimum(wanted, room // len(needs)), wanted)
     tightest = np.argsort(-needs, kind="stable")
     before = wanted[tightest].cumsum() - wanted[tightest]
