@@ -2,7 +2,7 @@
 
     python models/train.py prepare                       # tokenizer, prompts.jsonl, two untrained folders
     python models/train.py target --minutes 50
-    python models/train.py draft --minutes 22            # needs the target
+    python models/train.py draft --minutes 62            # needs the target
     python models/train.py evaluate                      # evaluation.json and the figures of the model card
 
 `--minutes` trains until the time is up and says how many steps that took; `--steps` trains that many and is
@@ -34,7 +34,7 @@ TARGET = LlamaConfig(
     hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2
 )
 DRAFT = LlamaConfig(
-    hidden_size=128, intermediate_size=320, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+    hidden_size=192, intermediate_size=512, num_hidden_layers=3, num_attention_heads=3, num_key_value_heads=1
 )
 PROMPTS = 50
 LOG_EVERY_S, SAVE_EVERY_S = 20.0, 240.0
