@@ -36,6 +36,8 @@ from workers.roles.prefill import PrefillRole
 from workers.roles.verify import VerifyRole
 from workers.service import ControlService
 from workers.speculation.pool import DrafterPool
+from workers.speculation.step_time import StepTimes
+from workers.speculation.warm_up import measure_steps
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +77,10 @@ class Worker:
         self._settings = settings
         self._host = host
         self._engines = Engines(settings, engine_factory)
-        self._engines.of(role)
+        self._step_times = StepTimes()  # of the target's engine
+        engine = self._engines.of(role)
+        if role is not Role.DRAFT and settings.speculation.enabled and settings.speculation.adaptive:
+            measure_steps(engine, self._step_times)
         self.metrics = Metrics(WORKER_SERIES)
         self._mailbox = Mailbox()
         self._service = ControlService(self, host)
@@ -188,7 +193,7 @@ class Worker:
             device, timeout_s = torch.device(self._settings.engine.device), self._settings.deadlines.link_s
             self._links = LinkHost(self._host, engine.info.kv, device, timeout_s, self._kv_came)
         drafters = DrafterPool(self._settings.speculation.wait_s, self._service.connect_drafter)
-        return VerifyRole(engine, outbox, self._settings, self.metrics, peer, drafters)
+        return VerifyRole(engine, outbox, self._settings, self.metrics, peer, drafters, self._step_times)
 
     def leave(self) -> None:
         if self._links is not None:

@@ -39,6 +39,7 @@ from workers.roles.draft import DraftRole
 from workers.roles.prefill import PrefillRole
 from workers.roles.verify import VerifyRole
 from workers.speculation.pool import DrafterPool
+from workers.speculation.step_time import StepTimes
 
 
 @dataclass
@@ -121,6 +122,7 @@ class Bench:
         self.mailbox = Mailbox()
         self.feeders: dict[WorkerId, ManualFeeder] = {}
         self.streams: list[ManualDraftStream] = []
+        self.times = StepTimes()
         self.left = 0  # how often links were cut by a change of role
         self.sent: list[tuple[int, StepReport]] = []
         engines = Engines(self.settings, make_engine or (lambda s, _: EmulatedEngine(s.engine, VOCABULARY)))
@@ -138,7 +140,7 @@ class Bench:
         if role is Role.DRAFT:
             return DraftRole(engine, outbox, self.settings)
         pool = DrafterPool(self.settings.speculation.wait_s, self._connect)
-        return VerifyRole(engine, outbox, self.settings, self.metrics, Peer(me, "here"), pool)
+        return VerifyRole(engine, outbox, self.settings, self.metrics, Peer(me, "here"), pool, self.times)
 
     def leave(self) -> None:
         self.left += 1

@@ -47,7 +47,7 @@ def settings_for(
         engine=EngineSettings(kind=kind, **({"kv_blocks": 512} | engine)),  # type: ignore[arg-type]
         pools=PoolSettings(),
         router=RouterSettings(**({"port": 0} | (router or {}))),  # type: ignore[arg-type]
-        speculation=SpeculationSettings(enabled=speculation, wait_s=0.2),
+        speculation=SpeculationSettings(enabled=speculation, adaptive=False, wait_s=0.2),
         deadlines=DeadlineSettings(**(deadlines or {})),
     )
 

@@ -38,6 +38,11 @@ from workers.worker import Worker
 PATIENCE_S = 20.0
 
 
+def fixed_drafts(**changes: object) -> SpeculationSettings:
+    """Drafts of one shape, whatever time steps take, so that a test sees the same each time."""
+    return SpeculationSettings(**({"adaptive": False, "wait_s": 0.2} | changes))  # type: ignore[arg-type]
+
+
 def settings_of(
     engine: EngineSettings = SMALL,
     speculation: SpeculationSettings | None = None,
@@ -48,7 +53,7 @@ def settings_of(
         target=ModelSettings(path=Path("target")),
         draft=ModelSettings(path=Path("draft")),
         engine=engine,
-        speculation=speculation or SpeculationSettings(wait_s=0.2),
+        speculation=speculation or fixed_drafts(),
         deadlines=DeadlineSettings(**{"drain_s": 1.0, "link_s": 3.0} | deadlines),  # type: ignore[arg-type]
     )
 

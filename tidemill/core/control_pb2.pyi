@@ -795,7 +795,9 @@ class DraftReply(_message.Message):
     ROUND_FIELD_NUMBER: _builtins.int
     DRAFTS_FIELD_NUMBER: _builtins.int
     LOST_FIELD_NUMBER: _builtins.int
+    STEP_S_FIELD_NUMBER: _builtins.int
     round: _builtins.int
+    step_s: _builtins.float
     @_builtins.property
     def drafts(self) -> _containers.RepeatedCompositeFieldContainer[Global___Draft]: ...
     @_builtins.property
@@ -806,10 +808,11 @@ class DraftReply(_message.Message):
         round: _builtins.int = ...,
         drafts: _abc.Iterable[Global___Draft] | None = ...,
         lost: _abc.Iterable[_builtins.str] | None = ...,
+        step_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "lost", b"lost", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drafts", b"drafts", "lost", b"lost", "round", b"round", "step_s", b"step_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -215,8 +215,10 @@ class Draft:
 class DraftReply:
     """All calls up to `round` were carried out. Drafts come as they are ready, so some belong to later calls already,
     and some come unasked. The draft worker has lost track of the requests in `lost`, and will draft no more for them.
+    `step_s`: what a step of its engine takes, on average; 0 before the first.
     """
 
     round: int
     drafts: tuple[Draft, ...] = ()
     lost: tuple[str, ...] = ()
+    step_s: float = 0.0

@@ -136,6 +136,33 @@ DRAFTS_USED = _counter(
     "drafts_used_total", "Trees verified, by source, and whether they were fresh or a branch of an earlier one.",
     "Branches are round trips that nobody waited for.", "source", "fate",
 )  # fmt: skip
+ACCEPTED_FROM = _counter(
+    "accepted_tokens_by_source_total", "Draft tokens accepted, by the source that drafted them.",
+    "A source that brings nothing costs selection time; leave it out of speculation.sources.", "source",
+)  # fmt: skip
+OFFERED_AT_DEPTH = _counter(
+    "draft_depth_offered_total", "Draft levels verified whose parent was accepted, by depth and source.",
+    "Base of acceptance by depth.", "depth", "source",
+)  # fmt: skip
+ACCEPTED_AT_DEPTH = _counter(
+    "draft_depth_accepted_total", "Of these, levels of which a token was accepted.",
+    "Falling with depth: deep drafts are wasted; lower speculation.max_depth if `adaptive` is off.", "depth", "source",
+)  # fmt: skip
+DRAFT_LENGTH = Series(
+    "tidemill_draft_accepted_length", Kind.HISTOGRAM, "Draft tokens accepted in one verification.",
+    "The effective draft length of a class; a tight one should get more.", ("slo_class",), COUNT_BUCKETS,
+)  # fmt: skip
+NODES_CHOSEN = _counter(
+    "draft_nodes_chosen_total", "Draft nodes chosen for verification: needed by a latency goal, or surplus.",
+    "Mostly needed: verify workers are short of time for the goals.", "reason",
+)  # fmt: skip
+GOALS_OUT_OF_REACH = _counter(
+    "goals_out_of_reach_total", "Steps of requests whose drafts cannot bring as many tokens as their goal needs.",
+    "Relax the goal, add verify workers, or improve the draft.", "slo_class",
+)  # fmt: skip
+SELECTION_TIME = _latency(
+    "draft_selection", "Time to choose the nodes of one step.", "Above 1 % of a step: lower max_nodes.",
+)  # fmt: skip
 ERRORS = _counter("worker_errors_total", "Requests a worker gave up, by failure.", "See the worker's log.", "failure")
 REPORTS = _counter("worker_reports_total", "Messages sent to routers: at most one a turn and router.", "Follows steps.")
 
@@ -146,7 +173,8 @@ ROUTER_SERIES = (
 WORKER_SERIES = (
     STEPS, STEP_TIME, STEP_TOKENS, WORKER_QUEUED, WORKER_RUNNING, PREEMPTIONS, KV_BLOCKS, KV_BLOCKS_USED,
     KV_BLOCKS_LEASED, LEASES, TRANSFER_BYTES, TRANSFER_TIME, DRAFTED, ACCEPTED, VERIFIES, DRAFT_ROUNDS, DRAFT_TREES,
-    DRAFTS_USED, ERRORS, REPORTS,
+    DRAFTS_USED, ACCEPTED_FROM, OFFERED_AT_DEPTH, ACCEPTED_AT_DEPTH, DRAFT_LENGTH, NODES_CHOSEN, GOALS_OUT_OF_REACH,
+    SELECTION_TIME, ERRORS, REPORTS,
 )  # fmt: skip
 
 

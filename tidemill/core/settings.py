@@ -116,6 +116,9 @@ class SplitSettings(Section):
     """Prompts with fewer tokens to compute are prefilled where they are decoded."""
 
 
+DraftSource = Literal["draft", "early_layers", "lookup", "recycling", "trigram"]
+
+
 class SpeculationSettings(Section):
     """Drafts, and how much of them is verified."""
 
@@ -132,10 +135,22 @@ class SpeculationSettings(Section):
     """Nodes of a tree that a step verifies."""
     ahead: Annotated[int, Field(ge=0, le=4)] = 1
     """How many rounds a draft worker drafts on while a tree is being verified. 0: it waits for the verdict."""
-    max_batch: Count = 8
-    """With more decoding requests on a verify worker none of them drafts: verifying would cost more than it saves."""
     wait_s: Annotated[float, Field(ge=0)] = 0.02
     """Longest a step waits for drafts that were asked for; after it the step goes without."""
+    sources: Annotated[tuple[DraftSource, ...], Field(min_length=1)] = ("draft",)
+    """Where drafts come from; of several, a request takes the one from which most tokens are expected. `draft`: the
+    draft workers. Inside the verify worker: `early_layers` of the target; `lookup` in the request's text and its
+    tenant's outputs; `recycling` of what the target found likely before; `trigram` counts."""
+    early_layers: Count = 2
+    """How many of the target's layers draft for the source of that name."""
+    adaptive: bool = True
+    """Depth, width and how many nodes are verified follow from measured step times and acceptance, down to no drafts at
+    all. Off: always `max_depth`, `width` and `max_nodes`."""
+    tolerance: Annotated[float, Field(ge=0)] = 0.5
+    """How much longer than without drafts a step may take so that requests meet their time per output token."""
+    rule: Literal["sample_match"] = "sample_match"
+    """How drafts are accepted. Drafts are chosen with the noise that the target chooses with; only this rule keeps
+    every token what it would be without drafts."""
 
 
 class DeadlineSettings(Section):

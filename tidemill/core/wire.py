@@ -286,6 +286,7 @@ def draft_reply_to_pb(reply: DraftReply) -> pb.DraftReply:
             for each in reply.drafts
         ],
         lost=reply.lost,
+        step_s=reply.step_s,
     )
 
 
@@ -303,4 +304,5 @@ def draft_reply_from_pb(message: pb.DraftReply) -> DraftReply:
             for each in message.drafts
         ),
         tuple(message.lost),
+        message.step_s,
     )

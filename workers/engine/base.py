@@ -71,6 +71,9 @@ class Reservation:
     end_block: int
 
 
+Successors = tuple[int, tuple[int, ...]]  # a token, and what the model finds likeliest after it, best first
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceOutput:
     """New tokens of one sequence in one step. With `finish` set its blocks are already free."""
@@ -81,6 +84,7 @@ class SequenceOutput:
     drafted: int = 0
     accepted: int = 0
     finish: FinishReason | None = None
+    successors: tuple[Successors, ...] = ()  # of each token that was computed, rejected ones too; see `tell_successors`
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +159,10 @@ class Engine(Protocol):
 
     def foresee(self, request_ids: Sequence[str], depth: int, width: int, layers: int) -> dict[str, TokenTree]:
         """Draft with the model's first `layers` for those of the requests that decode now; nothing else changes."""
+        ...
+
+    def tell_successors(self, count: int) -> None:
+        """From now on outputs carry the `count` likeliest successors of the tokens computed; 0: none."""
         ...
 
     def reserve(self, request: Request) -> Reservation:

@@ -187,6 +187,14 @@ def survivors(scores: npt.NDArray[np.float64], sampling: SamplingParams) -> Ids:
     return ids[weights >= sampling.min_p] if sampling.min_p > 0.0 else ids
 
 
+def likeliest_tokens(logits: Floats, count: int) -> list[list[int]]:
+    """Of each row of `logits` [rows, vocabulary] the `count` tokens with the largest, best first."""
+    among = np.argpartition(logits, -count, axis=1)[:, -count:]
+    order = np.argsort(-np.take_along_axis(logits, among, 1), axis=1, kind="stable")
+    likeliest: list[list[int]] = np.take_along_axis(among, order, 1).tolist()
+    return likeliest
+
+
 def _largest(values: Floats, count: int) -> Ids:
     """Indices of the `count` largest, ascending; of equal ones the first."""
     least = np.partition(values, values.size - count)[values.size - count]

@@ -23,6 +23,7 @@ from workers.speculation.ranks import RankAcceptance
 Reply = Callable[[DraftReply], None]
 Key = tuple[int, str]  # stream and request: two verify workers may carry the same request
 
+STEP_MEMORY = 0.1  # weight of the newest step in their average
 MAX_WIDTH, MAX_NODES, MAX_DEPTH = 16, 256, 64  # of a tree, whatever is asked for
 
 
@@ -52,12 +53,12 @@ class Stream:
     lost: list[str] = field(default_factory=list)
     acknowledged: int = 0
 
-    def flush(self) -> None:
+    def flush(self, step_s: float) -> None:
         """Say what is new, if anything is."""
         done = min(self.unanswered.values(), default=self.round + 1) - 1
         if self.drafts or self.lost or done > self.acknowledged:
             self.acknowledged = max(done, self.acknowledged)
-            self.reply(DraftReply(self.acknowledged, tuple(self.drafts), tuple(self.lost)))
+            self.reply(DraftReply(self.acknowledged, tuple(self.drafts), tuple(self.lost), step_s))
             self.drafts, self.lost = [], []
 
 
@@ -75,6 +76,7 @@ class DraftRole:
         self._known: dict[Key, Drafting] = {}  # least recently asked for first
         self._by_engine_id: dict[str, Drafting] = {}
         self._streams: dict[int, Stream] = {}
+        self._step_s = 0.0  # a moving average
 
     # --- calls of verify workers --------------------------------------------------------------------------------
 
@@ -88,7 +90,7 @@ class DraftRole:
             self._open((number, each.request.id), each.request)
         for ask in call.asks:
             self._ask(stream, (number, ask.request_id), ask)
-        stream.flush()
+        stream.flush(self._step_s)
 
     def _open(self, key: Key, request: Request) -> None:
         while len(self._known) >= self._max_known:
@@ -198,13 +200,15 @@ class DraftRole:
         """What grows was said as soon as it was known."""
 
     def after_step(self, output: StepOutput, now: float) -> None:
+        if output.grown and not output.progress:
+            self._step_s += (STEP_MEMORY if self._step_s else 1.0) * (output.seconds - self._step_s)
         ready = [*output.grown, *(each.request_id for each in output.progress if each.held)]
         for engine_id in ready:
             known = self._by_engine_id.get(engine_id)
             if known is not None:
                 self._advance(known)
         for stream in self._streams.values():
-            stream.flush()
+            stream.flush(self._step_s)
 
     def give_up(self, failure: Failure, detail: str) -> None:
         """Forget every request, and say so."""
@@ -215,7 +219,7 @@ class DraftRole:
         self._known.clear()
         self._by_engine_id.clear()
         for stream in self._streams.values():
-            stream.flush()
+            stream.flush(self._step_s)
 
     def close(self) -> None:
         """Streams belong to the service."""

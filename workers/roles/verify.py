@@ -32,6 +32,7 @@ from workers.kv.link import Arrival
 from workers.roles.base import Outbox, fail, for_each, refuse
 from workers.speculation.pool import DrafterPool
 from workers.speculation.speculator import Speculator
+from workers.speculation.step_time import StepTimes
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +55,21 @@ class VerifyRole:
     role = Role.VERIFY
 
     def __init__(
-        self, engine: Engine, outbox: Outbox, settings: Settings, metrics: Metrics, me: Peer, drafters: DrafterPool
+        self,
+        engine: Engine,
+        outbox: Outbox,
+        settings: Settings,
+        metrics: Metrics,
+        me: Peer,
+        drafters: DrafterPool,
+        times: StepTimes,
     ) -> None:
+        """`times` are the engine's, and outlive the role."""
         self._engine = engine
         self._outbox = outbox
         self._settings = settings
         self._metrics = metrics
-        self._speculator = Speculator(engine, settings.speculation, metrics, drafters)
+        self._speculator = Speculator(engine, settings.speculation, metrics, drafters, times)
         self._leases = LeaseTable(me)
         self._requests: dict[str, Decoding] = {}
 
@@ -201,7 +210,7 @@ class VerifyRole:
             self._mark_started(progress.request_id, started)
         for each in output.outputs:
             self._emit_tokens(each, started, now)
-        self._speculator.after_step(output.outputs, now)
+        self._speculator.after_step(output, now)
 
     def _mark_started(self, request_id: str, at: float) -> None:
         decoding = self._requests.get(request_id)

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from tidemill.core.messages import Draft, DraftCall, DraftReply
 from tidemill.core.model import Peer, Request
-from workers.speculation.remote import RemoteDrafter, RoundResult, Want
+from workers.speculation.remote import NextAnswer, RemoteDrafter, RoundResult, Want
 
 IDLE_S = 60.0  # a stream nobody used for so long is closed
 
@@ -78,15 +78,19 @@ class DrafterPool:
         """True if the draft worker drafts for the request, as far as is known."""
         return peer in self._drafters and self._drafters[peer].remote.knows(request_id)
 
-    def wait_until(self, now: float) -> float | None:
-        """Until when the next step may wait for drafts; None: not at all."""
-        deadlines = [each.remote.wait_until(now) for each in self._drafters.values()]
-        return max((deadline for deadline in deadlines if deadline is not None), default=None)
+    def next_answer(self, now: float) -> NextAnswer | None:
+        """The last one that a step may wait for; None if there is none."""
+        answers = [each.remote.next_answer(now) for each in self._drafters.values()]
+        return max((each for each in answers if each is not None), key=lambda each: each.deadline, default=None)
 
     def round_trip_s(self) -> float | None:
         """From an ask to its answer, of the slowest draft worker; None if none has answered yet."""
         times = [each.remote.round_trip_s for each in self._drafters.values()]
         return max((each for each in times if each is not None), default=None)
+
+    def step_s(self) -> float | None:
+        """Of the slowest draft worker's engine; None if none has said so yet."""
+        return max((each.remote.step_s for each in self._drafters.values() if each.remote.step_s), default=None)
 
     def answered(self, peer: Peer, reply: DraftReply, now: float) -> tuple[list[RoundResult], tuple[Draft, ...]]:
         """See RemoteDrafter.answered."""

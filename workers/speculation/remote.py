@@ -37,6 +37,14 @@ class Want:
     ahead: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class NextAnswer:
+    """The answer to the newest ask, which a step may wait for. Monotonic seconds."""
+
+    expected_at: float
+    deadline: float  # nobody waits longer
+
+
 @dataclass(slots=True)
 class _Known:
     """What the draft worker has been told of a request: all tokens before `told`."""
@@ -68,6 +76,7 @@ class RemoteDrafter:
         self._calls: deque[_Call] = deque()
         self._misses = 0
         self.round_trip_s: float | None = None  # from an ask to its first answer, drafting included; a moving average
+        self.step_s: float | None = None  # of the draft worker's engine, as it says
 
     def __len__(self) -> int:
         return len(self._known)
@@ -115,13 +124,14 @@ class RemoteDrafter:
         """True while an ask awaits its answer."""
         return any(call.asks for call in self._calls)
 
-    def wait_until(self, now: float) -> float | None:
-        """Until when the next step may wait for the newest ask's answer; None if there is none to wait for."""
+    def next_answer(self, now: float) -> NextAnswer | None:
+        """None if there is none to wait for."""
         self._note_deadlines(now)
         newest = self._calls[-1] if self._calls else None
         if newest is None or not newest.asks or newest.missed or self._misses >= PATIENCE:
             return None
-        return newest.sent_at + self._wait_s
+        usual_s = self._wait_s if self.round_trip_s is None else min(self.round_trip_s, self._wait_s)
+        return NextAnswer(newest.sent_at + usual_s, newest.sent_at + self._wait_s)
 
     def _note_deadlines(self, now: float) -> None:
         for call in self._calls:
@@ -140,6 +150,7 @@ class RemoteDrafter:
                 self._misses = self._misses if call.missed else 0
                 took, before = now - call.sent_at, self.round_trip_s
                 self.round_trip_s = took if before is None else before + MEMORY * (took - before)
+        self.step_s = reply.step_s or self.step_s
         for request_id in reply.lost:
             self._known.pop(request_id, None)  # it would have to be told everything again
         return results, tuple(draft for draft in reply.drafts if self.knows(draft.request_id))

@@ -1,25 +1,42 @@
 """What a verify worker verifies: drafts are gathered from their sources, and before each step chosen among.
 
-after a step   committed tokens re-root what is at hand -> asks go to the draft workers
+after a step   committed tokens re-root what is at hand, and teach the estimates -> asks go to the draft workers
 meanwhile      their trees come, fresh or late, and are kept as far as they fit
-before a step  wait, if that is worth it -> choose nodes -> propose them to the engine
-after it       what the target took teaches sources and estimates
+before a step  wait, if that is worth it -> choose nodes for all requests together -> propose them to the engine
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from tidemill.core import metrics
 from tidemill.core.messages import Draft, DraftReply
 from tidemill.core.metrics import Metrics
 from tidemill.core.model import Peer, Request
 from tidemill.core.settings import SpeculationSettings
-from tidemill.core.tree import Shape
-from workers.engine.base import Engine, SequenceOutput
+from tidemill.core.tree import ROOT, Shape, TokenTree
+from workers.engine.base import Engine, SequenceOutput, StepOutput
+from workers.speculation.acceptance import Proposal, Rule, check_pairing
 from workers.speculation.branch_cache import BranchCache
-from workers.speculation.frontier import likeliest
+from workers.speculation.calibration import Alpha, Calibration
+from workers.speculation.local import LocalDrafts
+from workers.speculation.pace import Pace
 from workers.speculation.pool import DrafterPool
 from workers.speculation.remote import RoundResult, Want
+from workers.speculation.selection import Candidate, Reason, need, select
+from workers.speculation.step_time import StepTimes
+
+REMOTE = "draft"  # the source that draft workers are
+FIRST_ALPHA = 0.6
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A tree that was proposed for a request: as its source gave it, the source, and how it was come by."""
+
+    tree: TokenTree
+    source: str
+    fate: str
 
 
 @dataclass(slots=True, eq=False)
@@ -29,17 +46,36 @@ class Speculating:
     request: Request
     tokens: list[int]
     drafter: Peer | None
-    decoding: bool = False
+    first_at: float | None = None  # when it got its first token here
+    first_length: int = 0  # and how many tokens it then had
+    offer: Offer | None = None
+    alpha: Alpha = field(default_factory=lambda: Alpha(FIRST_ALPHA))
+
+    @property
+    def decoding(self) -> bool:
+        return self.first_at is not None
+
+    @property
+    def room(self) -> int:
+        """Levels that are of use: a step yields one token anyway, so the last one needs no draft."""
+        return self.request.sampling.max_tokens - (len(self.tokens) - len(self.request.prompt)) - 1
 
 
 class Speculator:
     """Belongs to a verify role; runs on the engine's thread. Times are monotonic seconds."""
 
-    def __init__(self, engine: Engine, settings: SpeculationSettings, metrics: Metrics, pool: DrafterPool) -> None:
+    def __init__(
+        self, engine: Engine, settings: SpeculationSettings, metrics: Metrics, pool: DrafterPool, times: StepTimes
+    ) -> None:
+        """`times` is the engine's, and outlives the role. Raises InexactPairing for a rule that would change tokens."""
+        check_pairing(Rule(settings.rule), Proposal.KEYED)
         self._engine = engine
         self._settings = settings
         self._metrics = metrics
         self._pool = pool
+        self._pace = Pace(settings, times)
+        self._calibration = Calibration()
+        self._local = LocalDrafts(engine, settings)
         self._cache = BranchCache()
         self._requests: dict[str, Speculating] = {}
 
@@ -48,44 +84,70 @@ class Speculator:
     def open(self, request: Request, tokens: list[int], drafter: Peer | None, now: float) -> None:
         """Its draft worker computes its KV beside the prefill worker."""
         if self._settings.enabled:
-            self._requests[request.id] = Speculating(request, tokens, drafter)
-            if drafter is not None:
+            remote = drafter if REMOTE in self._settings.sources else None
+            self._requests[request.id] = Speculating(request, tokens, remote)
+            if remote is not None:
                 self._cache.open(request.id, tokens)
-                self._pool.open(drafter, request, now)
+                self._pool.open(remote, request, now)
 
     def close_request(self, request_id: str) -> None:
         known = self._requests.pop(request_id, None)
-        if known is not None and known.drafter is not None:
-            self._pool.close_request(known.drafter, request_id)
-            self._cache.close(request_id)
+        if known is not None:
+            self._local.forget(known.request)
+            if known.drafter is not None:
+                self._pool.close_request(known.drafter, request_id)
+                self._cache.close(request_id)
 
     # --- after a step -------------------------------------------------------------------------------------------
 
-    def after_step(self, outputs: Iterable[SequenceOutput], now: float) -> None:
+    def after_step(self, output: StepOutput, now: float) -> None:
         """Tokens were committed, and are in the lists."""
-        for each in outputs:
-            known = self._requests.get(each.request_id)
-            if known is not None:
-                known.decoding = True
-                self._cache.commit(each.request_id, each.tokens)
+        found = [(known, each) for each in output.outputs if (known := self._requests.get(each.request_id))]
+        self._pace.stepped(output, sum(len(known.tokens) * (1 + each.drafted) for known, each in found), now)
+        for known, each in found:
+            self._learn(known, each)
+            if known.first_at is None:
+                known.first_at, known.first_length = now, len(known.tokens)
+            self._cache.commit(each.request_id, each.tokens)
         self._ask(now)
 
+    def _learn(self, known: Speculating, output: SequenceOutput) -> None:
+        """From the verdict on what was proposed, if all of it was verified."""
+        self._local.learn(known.request, known.tokens, len(output.tokens), output.successors)
+        offer, known.offer = known.offer, None
+        if offer is None or output.drafted != len(offer.tree) or output.finish is not None:
+            return
+        accepted = accepted_nodes(offer.tree, output.tokens)
+        self._calibration.observe_verdict(offer.source, offer.tree, accepted)
+        known.alpha.observe(offer.tree, accepted)
+        self._metrics.add(metrics.ACCEPTED_FROM, len(accepted), source=offer.source)
+        self._metrics.observe(metrics.DRAFT_LENGTH, len(accepted), slo_class=known.request.slo.name)
+        for depth in range(1, len(accepted) + 1):
+            self._metrics.add(metrics.ACCEPTED_AT_DEPTH, depth=str(depth), source=offer.source)
+        for depth in range(1, judged_levels(offer.tree, accepted) + 1):
+            self._metrics.add(metrics.OFFERED_AT_DEPTH, depth=str(depth), source=offer.source)
+
+    def _decoding(self) -> list[Speculating]:
+        return [each for each in self._requests.values() if each.decoding]
+
     def _ask(self, now: float) -> None:
-        decoding = [each for each in self._requests.values() if each.decoding]
+        """Tell the draft workers what was committed, and what is wanted next."""
+        decoding = self._decoding()
+        drafted_for = [each for each in decoding if each.drafter is not None]
+        shape, ahead = self._pace.shape(
+            [each.alpha.value for each in decoding],
+            sum(len(each.tokens) for each in decoding),
+            self._pool.round_trip_s(),
+            self._pool.step_s(),
+        )
         wants: dict[Peer, list[Want]] = {}
-        for each in decoding if len(decoding) <= self._settings.max_batch else ():
-            shape = self._shape(each)
-            if shape.depth > 0 and each.drafter is not None:
-                ahead = self._settings.ahead
-                wants.setdefault(each.drafter, []).append(Want(each.request.id, each.tokens, shape, ahead))
+        for each in drafted_for if shape.depth else ():
+            assert each.drafter is not None
+            own = Shape(min(shape.depth, each.room), shape.width, shape.nodes)
+            if own.depth > 0:
+                wants.setdefault(each.drafter, []).append(Want(each.request.id, each.tokens, own, ahead))
         for request_id in self._pool.ask(wants, now):
             self._cache.told(request_id)
-
-    def _shape(self, known: Speculating) -> Shape:
-        """A step yields one token anyway, so the last one needs no draft."""
-        left = known.request.sampling.max_tokens - (len(known.tokens) - len(known.request.prompt))
-        settings = self._settings
-        return Shape(min(settings.max_depth, left - 1), settings.width, settings.max_nodes)
 
     # --- drafts come --------------------------------------------------------------------------------------------
 
@@ -102,29 +164,95 @@ class Speculator:
         if self._pool.lost(peer):
             self._metrics.add(metrics.DRAFT_ROUNDS, result=RoundResult.LOST)
 
-    def wait_until(self, now: float) -> float | None:
-        """Until when the next step should wait for drafts; None: not at all."""
-        deadline = self._pool.wait_until(now)
-        if deadline is None:
-            return None
-        have = [self._cache.tree(each.request.id)[0] for each in self._requests.values() if each.decoding]
-        return None if all(have) else deadline
-
     def poll(self, now: float) -> None:
         self._pool.poll(now)
+
+    def wait_until(self, now: float) -> float | None:
+        """Until when the next step should wait for drafts; None: not at all."""
+        answer = self._pool.next_answer(now)
+        if answer is None:
+            return None
+        at_hand = [
+            sum(self._calibrated(self._cache.tree(each.request.id)[0]).path_chances())
+            for each in self._decoding()
+            if each.drafter is not None and each.room > 0
+        ]
+        return self._pace.wait_until(at_hand, answer, now)
+
+    def _calibrated(self, tree: TokenTree, source: str = REMOTE) -> TokenTree:
+        if not self._settings.adaptive or not tree:
+            return tree
+        chances = tree.chances or (1.0,) * len(tree)
+        return TokenTree(tree.tokens, tree.parents, tuple(self._calibration.calibrated(source, chances)))
 
     # --- before a step ------------------------------------------------------------------------------------------
 
     def before_step(self, now: float) -> None:
         """Propose what is best of what is at hand."""
-        for each in self._requests.values():
-            if not each.decoding:
-                continue
+        started = time.perf_counter()
+        decoding = self._decoding()
+        if not decoding:
+            return
+        offers = self._offers(decoding)
+        candidates = [
+            Candidate(self._calibrated(offer.tree, offer.source), len(known.tokens), self._need(known, now))
+            for known, offer in zip(decoding, offers, strict=True)
+        ]
+        budget = self._pace.budget(len(decoding), sum(each.context for each in candidates))
+        chosen = select(candidates, self._pace.times_for_choice, budget, self._pace.overhead_s).choice
+        self._pace.chosen(candidates, chosen, [offer.fate for offer in offers])
+        for known, offer, nodes in zip(decoding, offers, chosen.nodes, strict=True):
+            self._propose(known, offer, nodes)
+        for index in chosen.unmet:
+            self._metrics.add(metrics.GOALS_OUT_OF_REACH, slo_class=decoding[index].request.slo.name)
+        for reason in Reason:
+            self._metrics.add(metrics.NODES_CHOSEN, chosen.count(reason), reason=reason)
+        self._metrics.observe(metrics.SELECTION_TIME, time.perf_counter() - started)
+
+    def _offers(self, decoding: Sequence[Speculating]) -> list[Offer]:
+        """For each request the source from which most tokens are expected."""
+        shape = self._pace.local_shape(len(decoding))
+        local = self._local.propose([(each.request, each.tokens, each.room) for each in decoding], shape)
+        offers = []
+        for each, others in zip(decoding, local, strict=True):
             tree, fate = self._cache.tree(each.request.id)
-            shape = self._shape(each)
-            chosen = tree.subset(likeliest(tree, shape))
-            if self._engine.propose(Draft(each.request.id, len(each.tokens), chosen)):
-                self._metrics.add(metrics.DRAFTS_USED, source="draft", fate=fate)
+            found = [Offer(tree.up_to(each.room), REMOTE, fate), *(Offer(*other, "local") for other in others)]
+            offers.append(max(found, key=self._expected))
+        return offers
+
+    def _expected(self, offer: Offer) -> float:
+        return sum(self._calibrated(offer.tree, offer.source).path_chances())
+
+    def _need(self, known: Speculating, now: float) -> float:
+        """Tokens it must gain in this round to keep its time per output token."""
+        assert known.first_at is not None
+        decoded = len(known.tokens) - known.first_length
+        return need(now - known.first_at, self._pace.round_s, known.request.slo.tpot_s, decoded)
+
+    def _propose(self, known: Speculating, offer: Offer, nodes: Iterable[int]) -> None:
+        tree = offer.tree.subset(nodes)
+        if tree and self._engine.propose(Draft(known.request.id, len(known.tokens), tree)):
+            known.offer = Offer(tree, offer.source, offer.fate)
+            self._metrics.add(metrics.DRAFTS_USED, source=offer.source, fate=offer.fate)
 
     def close(self) -> None:
         self._pool.close()
+
+
+def judged_levels(tree: TokenTree, accepted: Sequence[int]) -> int:
+    """Levels of which the verdict says something: those accepted, and the first that was not."""
+    last = accepted[-1] if accepted else ROOT
+    return len(accepted) + (last in tree.parents)
+
+
+def accepted_nodes(tree: TokenTree, tokens: Sequence[int]) -> list[int]:
+    """The nodes that carry the first of `tokens`, from below the root."""
+    nodes: list[int] = []
+    node = ROOT
+    for token in tokens:
+        child = tree.child(node, token)
+        if child is None:
+            break
+        nodes.append(child)
+        node = child
+    return nodes

@@ -5,10 +5,9 @@ from hypothesis import strategies as st
 
 from tests.support.benches import Trio, half_right
 from tests.support.engines import SMALL, VOCABULARY, one_by_one
-from tests.support.workers import settings_of
+from tests.support.workers import fixed_drafts, settings_of
 from tidemill.core.messages import Cancel, Reserve, Submit
 from tidemill.core.model import Request
-from tidemill.core.settings import SpeculationSettings
 from tidemill.types import SamplingParams
 from workers.engine.emulated import EmulatedEngine
 
@@ -23,9 +22,7 @@ REQUESTS = [
 ]
 PLAIN = one_by_one(EmulatedEngine(SMALL, VOCABULARY), REQUESTS)
 # Small enough that requests are refused, preempted and evicted.
-TIGHT = settings_of(
-    SMALL.model_copy(update={"kv_blocks": 14, "max_batch_tokens": 24}), SpeculationSettings(wait_s=0.05, max_batch=3)
-)
+TIGHT = settings_of(SMALL.model_copy(update={"kv_blocks": 14, "max_batch_tokens": 24}), fixed_drafts(wait_s=0.05))
 
 which = st.integers(0, len(REQUESTS) - 1)
 ACTIONS = st.one_of(

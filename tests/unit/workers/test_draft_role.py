@@ -6,7 +6,7 @@ import pytest
 
 from tests.support.benches import Bench
 from tests.support.engines import SMALL, VOCABULARY, one_by_one
-from tests.support.workers import settings_of
+from tests.support.workers import fixed_drafts, settings_of
 from tidemill.core.messages import (
     Cancel,
     DraftAsk,
@@ -19,7 +19,6 @@ from tidemill.core.messages import (
     Submit,
 )
 from tidemill.core.model import Request, Role
-from tidemill.core.settings import SpeculationSettings
 from tidemill.core.tree import Shape, prefix_hash
 from tidemill.types import SamplingParams
 from workers.engine.emulated import EmulatedEngine
@@ -61,7 +60,7 @@ class TestDraftRole:
         bench.draft.on_call(stream, call, replies.append)
 
     def test_a_chain_of_what_the_target_would_say(self, replies: list[DraftReply]) -> None:
-        bench = Bench(Role.DRAFT, settings_of(SMALL, SpeculationSettings(strategy="chain")))
+        bench = Bench(Role.DRAFT, settings_of(SMALL, fixed_drafts(strategy="chain")))
         request = request_of()
         expected = plain(request)
         self.call(bench, replies, 1, opens=(request,))
@@ -84,7 +83,7 @@ class TestDraftRole:
 
     @pytest.mark.parametrize("strategy", ["beam", "heap", "static"])
     def test_trees_keep_to_their_shape(self, strategy: str, replies: list[DraftReply]) -> None:
-        settings = SpeculationSettings(strategy=strategy)  # type: ignore[arg-type]
+        settings = fixed_drafts(strategy=strategy)
         bench = Bench(Role.DRAFT, settings_of(SMALL, settings))
         request = request_of()
         expected = plain(request)
@@ -99,7 +98,7 @@ class TestDraftRole:
 
     def test_it_drafts_on_before_the_verdict(self, replies: list[DraftReply]) -> None:
         """The rest of what was drafted ahead is the next answer, and it is there at once."""
-        bench = Bench(Role.DRAFT, settings_of(SMALL, SpeculationSettings(strategy="chain")))
+        bench = Bench(Role.DRAFT, settings_of(SMALL, fixed_drafts(strategy="chain")))
         request = request_of()
         expected = plain(request)
         self.call(bench, replies, 1, opens=(request,))
@@ -166,7 +165,7 @@ class TestDraftRole:
         bench.assert_empty()
 
     def test_asks_of_several_workers_share_steps(self, replies: list[DraftReply]) -> None:
-        bench = Bench(Role.DRAFT, settings_of(SMALL, SpeculationSettings(strategy="chain")))
+        bench = Bench(Role.DRAFT, settings_of(SMALL, fixed_drafts(strategy="chain")))
         requests = {stream: request_of("same", tokens=20 + stream) for stream in (1, 2, 3)}
         for stream, request in requests.items():
             self.call(bench, replies, 1, opens=(request,), stream=stream)

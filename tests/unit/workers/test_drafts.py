@@ -7,11 +7,10 @@ import pytest
 
 from tests.support.benches import Trio, half_right
 from tests.support.engines import SMALL, VOCABULARY, one_by_one
-from tests.support.workers import settings_of
+from tests.support.workers import fixed_drafts, settings_of
 from tidemill.core import metrics
 from tidemill.core.messages import DraftReply, Submit, Tokens
 from tidemill.core.model import Request
-from tidemill.core.settings import SpeculationSettings
 from tidemill.core.tree import TokenTree
 from tidemill.types import SamplingParams
 from workers.engine.emulated import EmulatedEngine
@@ -33,7 +32,7 @@ class TestTogether:
 
     @pytest.fixture
     def trio(self) -> Trio:
-        return Trio(settings_of(SMALL, SpeculationSettings(wait_s=1.0)), half_right)
+        return Trio(settings_of(SMALL, fixed_drafts(wait_s=1.0)), half_right)
 
     def run(self, trio: Trio, between: Callable[[int], None], requests: int = 3) -> None:
         wanted = [request_of(f"r{index}", tokens=20 + 9 * index) for index in range(requests)]
@@ -62,7 +61,7 @@ class TestTogether:
         trio.assert_empty()
 
     def test_a_step_waits_for_its_drafts_and_no_longer_than_it_may(self) -> None:
-        trio = Trio(settings_of(SMALL, SpeculationSettings(wait_s=1.0, ahead=0)))
+        trio = Trio(settings_of(SMALL, fixed_drafts(wait_s=1.0, ahead=0)))
         trio.verify.send(Submit(request_of(), trio.draft.me))
         trio.verify.turn()
         got = len(trio.verify.tokens("r"))
@@ -185,22 +184,26 @@ class TestTogether:
         assert self.result(trio, "answered") > used
         assert trio.verify.tokens("next") == plain(request_of("next"))
 
-    def test_no_drafts_for_a_large_batch(self) -> None:
-        trio = Trio(settings_of(SMALL, SpeculationSettings(wait_s=1.0, max_batch=2)), half_right)
-        asked: list[int] = []
+    @pytest.mark.parametrize("sources", [("draft",), ("draft", "lookup", "recycling", "trigram", "early_layers")])
+    def test_whatever_is_chosen(self, sources: tuple[str, ...]) -> None:
+        """Shapes, sources and nodes that follow from measurements, which differ from run to run."""
+        trio = Trio(settings_of(SMALL, fixed_drafts(adaptive=True, wait_s=1.0, sources=sources)), half_right)
+        self.run(trio, lambda _: trio.drafted(), requests=6)
+        trio.assert_empty()
 
-        def between(_: int) -> None:
-            decoding = sum(not trio.verify.over(f"r{i}") and bool(trio.verify.tokens(f"r{i}")) for i in range(3))
-            if any(call.asks for call in trio.stream.calls):
-                asked.append(decoding)
-            trio.drafted()
-
-        self.run(trio, between)
-        assert asked
-        assert max(asked) <= 2
+    @pytest.mark.parametrize("source", ["lookup", "recycling", "trigram", "early_layers"])
+    def test_drafts_without_draft_workers(self, source: str) -> None:
+        trio = Trio(settings_of(SMALL, fixed_drafts(sources=(source,))), half_right)
+        for number in range(2):  # the second time its tenant's texts are known
+            trio.verify.send(Submit(replace(request_of(f"r{number}"), prompt=request_of().prompt), None))
+            trio.verify.drain()
+            assert trio.verify.tokens(f"r{number}") == plain(request_of())
+        assert trio.verify.metrics.value(metrics.ACCEPTED_FROM, source=source) > 0
+        assert not trio.verify.streams
+        trio.verify.assert_empty()
 
     def test_speculation_can_be_off(self) -> None:
-        trio = Trio(settings_of(SMALL, SpeculationSettings(enabled=False)), half_right)
+        trio = Trio(settings_of(SMALL, fixed_drafts(enabled=False)), half_right)
         self.run(trio, lambda _: None)
         assert not trio.verify.streams
 

@@ -17,6 +17,12 @@ def request_of(name: str = "r", tokens: int = 20, max_tokens: int = 24) -> Reque
     return Request(name, prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=1))
 
 
+def deadline(remote: RemoteDrafter, now: float) -> float:
+    answer = remote.next_answer(now)
+    assert answer is not None
+    return answer.deadline
+
+
 class TestRemoteDrafter:
     """Calls out, replies in; nothing else."""
 
@@ -56,18 +62,18 @@ class TestRemoteDrafter:
         assert remote.next_call((), 0.0) is None
 
     def test_a_step_waits_until_the_answer_or_the_deadline(self, remote: RemoteDrafter) -> None:
-        assert remote.wait_until(0.0) is None
+        assert remote.next_answer(0.0) is None
         call = self.ask(remote, [0] * 21)
-        assert remote.wait_until(0.5) == 1.0
+        assert deadline(remote, 0.5) == 1.0
         results, drafts = remote.answered(self.reply(call, 21), 0.6)
         assert results == [RoundResult.ANSWERED]
         assert drafts[0].tree.tokens == (7, 8)
-        assert remote.wait_until(0.6) is None
+        assert remote.next_answer(0.6) is None
         assert remote.round_trip_s == 0.6
 
     def test_a_late_answer_is_still_offered(self, remote: RemoteDrafter) -> None:
         call = self.ask(remote, [0] * 21)
-        assert remote.wait_until(1.0) is None
+        assert remote.next_answer(1.0) is None
         results, drafts = remote.answered(self.reply(call, 21), 5.0)
         assert results == [RoundResult.LATE]
         assert drafts
@@ -76,7 +82,7 @@ class TestRemoteDrafter:
         """A round trip may take longer than a step."""
         calls = [self.ask(remote, [0] * (21 + n), now=0.1 * n) for n in range(3)]
         assert [call.asks[0].tokens for call in calls] == [(0,), (0,), (0,)]
-        assert remote.wait_until(0.2) == pytest.approx(1.2), "the newest counts"
+        assert deadline(remote, 0.2) == pytest.approx(1.2), "the newest counts"
         assert remote.answered(self.reply(calls[1], 22), 0.4)[0] == [RoundResult.ANSWERED] * 2
         assert remote.asked
         assert remote.answered(self.reply(calls[2], 23), 0.5)[0] == [RoundResult.ANSWERED]
@@ -97,15 +103,15 @@ class TestRemoteDrafter:
         now = 0.0
         for length in range(21, 21 + PATIENCE):
             call = self.ask(remote, [0] * length, now)
-            assert remote.wait_until(now) == now + 1.0
-            assert remote.wait_until(now + 1.0) is None
+            assert deadline(remote, now) == now + 1.0
+            assert remote.next_answer(now + 1.0) is None
             remote.answered(self.reply(call, length), now + 2.0)
             now += 3.0
         call = self.ask(remote, [0] * 40, now)
-        assert remote.wait_until(now) is None, "it has been late too often to be waited for"
+        assert remote.next_answer(now) is None, "it has been late too often to be waited for"
         remote.answered(self.reply(call, 40), now + 0.5)
         self.ask(remote, [0] * 41, now + 1.0)
-        assert remote.wait_until(now + 1.0) == now + 2.0, "it was in time again"
+        assert deadline(remote, now + 1.0) == now + 2.0, "it was in time again"
 
     def test_drafts_that_come_unasked(self, remote: RemoteDrafter) -> None:
         """What was drafted ahead comes under a round that was answered before."""

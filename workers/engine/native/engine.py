@@ -27,6 +27,7 @@ from workers.engine.base import (
     SequenceOutput,
     SequenceProgress,
     StepOutput,
+    Successors,
 )
 from workers.engine.native.assembly import assemble, block_copies, sample_rows
 from workers.engine.native.batch import StepBatch
@@ -37,7 +38,7 @@ from workers.engine.native.pool import BlockPool
 from workers.engine.native.scheduler import Scheduler, Slice
 from workers.engine.native.sequence import Sequence, SequenceState
 from workers.engine.native.table import BlockTable
-from workers.engine.sampling import Chooser, Floats, Sampler, log_probabilities
+from workers.engine.sampling import Chooser, Floats, Sampler, likeliest_tokens, log_probabilities
 
 CATCH_UP = 64  # tokens a held sequence may be behind, and still grow its tree in the step that computes them
 
@@ -78,6 +79,7 @@ class NativeEngine:
             settings.max_batch_tokens,
         )
         self._sequences: dict[str, Sequence] = {}
+        self._successors = 0  # how many outputs tell of each token
         self._steps = 0
         self._step_s = 0.0
         self.info = EngineInfo(
@@ -158,6 +160,9 @@ class NativeEngine:
         sequences = [self._sequences[each] for each in request_ids if each in self._sequences]
         decoding = [each for each in sequences if each.decoding]
         return self._drafting.foresee(decoding, depth, width, layers, self.info.context_length)
+
+    def tell_successors(self, count: int) -> None:
+        self._successors = min(count, self.info.vocab_size)
 
     def reserve(self, request: Request) -> Reservation:
         sequence = self._new_sequence(request, decodes=True)
@@ -293,9 +298,18 @@ class NativeEngine:
             if finish:
                 break
         self._keep_path(piece, at, piece.end + len(tokens) - 1)
+        successors = self._successors_in(piece, sequence.tokens[-len(tokens) - 1], logits) if self._successors else ()
         if finish:
             self.release(sequence.request.id)
-        return SequenceOutput(sequence.request.id, tuple(tokens), tuple(logprobs), len(places) - 1, accepted, finish)
+        return SequenceOutput(
+            sequence.request.id, tuple(tokens), tuple(logprobs), len(places) - 1, accepted, finish, successors
+        )
+
+    def _successors_in(self, piece: Slice, root: int, logits: Floats) -> tuple[Successors, ...]:
+        """`logits` [1 + nodes, vocabulary] of the root's row and the nodes'."""
+        likeliest = likeliest_tokens(logits, self._successors)
+        tokens = [root, *(piece.draft.tokens[node] for node in piece.nodes)]
+        return tuple((token, tuple(after)) for token, after in zip(tokens, likeliest, strict=True))
 
     def _keep_path(self, piece: Slice, node: int, computed: int) -> None:
         """The sequence goes on in the table of the path to `node`; KV of its first `computed` tokens is there."""

@@ -1,0 +1,126 @@
+"""How fast the verify worker goes, and what follows from it: how large drafts are to be, and how long to wait for them.
+
+Everything is measured on live steps, from a fit that was begun at start-up. With `adaptive` off, drafts have a fixed
+shape and all of them are verified, whatever that costs: the way of systems with a fixed speculation length.
+"""
+
+from collections.abc import Sequence
+
+from tidemill.core.model import Decision
+from tidemill.core.settings import SpeculationSettings
+from tidemill.core.tree import Shape
+from workers.engine.base import StepOutput
+from workers.speculation.branch_cache import Fate
+from workers.speculation.goodput import (
+    NO_DRAFTS,
+    Conditions,
+    Damping,
+    LoadControl,
+    draft_shape,
+    verify_budget,
+)
+from workers.speculation.remote import NextAnswer
+from workers.speculation.selection import Budget, Candidate, Selection
+from workers.speculation.step_time import StepTimes
+
+MAX_ROWS = 256  # of all drafts in a step
+MEMORY = 0.1  # weight of the newest round in averages
+FIRST_ROUND_S = 0.02
+MAX_AHEAD = 4
+OVERDUE = 0.25  # rounds that an answer which should be here is still expected to take
+
+
+class Pace:
+    """Belongs to a speculator. Times are monotonic seconds."""
+
+    def __init__(self, settings: SpeculationSettings, times: StepTimes) -> None:
+        self._settings = settings
+        self._times = times
+        self._fixed = Shape(settings.max_depth, settings.width, settings.max_nodes)
+        self._control = LoadControl(
+            max_depth=settings.max_depth, max_width=settings.width, max_nodes=settings.max_nodes
+        )
+        self._decided: Decision[Shape] | None = None
+        self._decisions = 0
+        self._last_at: float | None = None
+        self._fresh_tokens = 1.0  # expected of a tree that was drafted from all of a request's tokens
+        self.round_s = FIRST_ROUND_S  # from one step to the next, all included
+        self.overhead_s = 0.0  # of it, what is not the engine's
+
+    # --- measuring ----------------------------------------------------------------------------------------------
+
+    def stepped(self, output: StepOutput, context: int, now: float) -> None:
+        """A step ended. `context`: tokens its decoding rows attended to."""
+        if self._last_at is not None and output.outputs:
+            took = min(now - self._last_at, 10 * self.round_s)  # an idle worker is not a slow one
+            self.round_s += MEMORY * (took - self.round_s)
+            self.overhead_s += MEMORY * (max(took - output.seconds, 0.0) - self.overhead_s)
+        self._last_at = now if output.outputs else None
+        if output.outputs and not output.progress and output.seconds > 0:
+            self._times.observe(output.batch_tokens, context, output.seconds)
+
+    def chosen(self, candidates: Sequence[Candidate], selection: Selection, fates: Sequence[str]) -> None:
+        """What was chosen for a step tells what a fresh tree is worth."""
+        for candidate, nodes, fate in zip(candidates, selection.nodes, fates, strict=True):
+            if fate == Fate.FRESH and nodes:
+                chances = candidate.tree.path_chances()
+                self._fresh_tokens += MEMORY * (sum(chances[node] for node in nodes) - self._fresh_tokens)
+
+    # --- deciding -----------------------------------------------------------------------------------------------
+
+    def shape(
+        self, alphas: Sequence[float], context: int, round_trip_s: float | None, draft_step_s: float | None
+    ) -> tuple[Shape, int]:
+        """Of the next drafts, one for each of `alphas`, and how many rounds to draft ahead. Depth 0: none wanted."""
+        if not self._settings.adaptive:
+            return self._fixed, self._settings.ahead
+        ahead = self._ahead(round_trip_s)
+        conditions = Conditions(
+            alphas,
+            context,
+            draft_step_s or 0.0,
+            # What was drafted ahead is there when it is wanted, however long it was on its way.
+            0.0 if ahead or round_trip_s is None else round_trip_s,
+            ahead > 0,
+        )
+        self._decisions += 1
+        self._decided = draft_shape(conditions, self._times, self._control, Damping(), self._decided, self._decisions)
+        return self._decided.choice, ahead
+
+    def _ahead(self, round_trip_s: float | None) -> int:
+        """So many rounds pass while an ask is on its way, and its answer back."""
+        if not self._settings.ahead or round_trip_s is None:
+            return self._settings.ahead
+        return min(self._settings.ahead + int(round_trip_s / self.round_s), MAX_AHEAD)
+
+    def local_shape(self, requests: int) -> Shape:
+        """Of drafts that cost next to nothing, so that choosing among their nodes is enough."""
+        return self._fixed if not self._settings.adaptive else self._control.shape(requests, self._settings.max_depth)
+
+    @property
+    def times_for_choice(self) -> StepTimes:
+        """A fit that was never measured makes everything worth verifying."""
+        return self._times if self._settings.adaptive else StepTimes()
+
+    def budget(self, requests: int, context: int) -> Budget:
+        """Rows of the next step."""
+        most = requests + MAX_ROWS
+        if not (self._settings.adaptive and self._times.ready):
+            return Budget(most, most, self._settings.max_nodes)
+        rows = verify_budget(self._times, requests, context, self._settings.tolerance, most)
+        return Budget(rows, most, self._settings.max_nodes)
+
+    def wait_until(self, at_hand: Sequence[float], answer: NextAnswer, now: float) -> float | None:
+        """Until when the next step should wait; None: not at all.
+
+        `at_hand`: tokens expected of the drafts that are here, by request. Waiting loses the tokens that would come
+        meanwhile, and gains what the answer is expected to have more than what is at hand.
+        """
+        if not self._settings.adaptive:
+            return answer.deadline if any(each == 0.0 for each in at_hand) else None
+        if self._decided is not None and self._decided.choice == NO_DRAFTS:
+            return None
+        gain = sum(max(self._fresh_tokens - each, 0.0) for each in at_hand)
+        tokens_per_s = sum(1.0 + each for each in at_hand) / self.round_s
+        expected_s = max(answer.expected_at - now, OVERDUE * self.round_s)
+        return answer.deadline if gain > expected_s * tokens_per_s else None
