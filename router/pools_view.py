@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import grpc
 
 from router.inbox import Inbox
+from router.telemetry import Telemetry, count
 from tidemill.core import control_pb2 as pb
 from tidemill.core import wire
 from tidemill.core.clock import Clock
@@ -76,7 +77,14 @@ class Conversation:
 class WorkerConnection:
     """One worker incarnation. All of this runs on the router's event loop."""
 
-    def __init__(self, member: Member, clock: Clock, on_cancelled: Callable[[float], None], attach: Attach) -> None:
+    def __init__(
+        self,
+        member: Member,
+        clock: Clock,
+        telemetry: Telemetry,
+        on_cancelled: Callable[[float], None],
+        attach: Attach,
+    ) -> None:
         """`on_cancelled` hears how many seconds it took to tell the worker of a cancellation."""
         self.peer = member.peer
         self.role = member.role
@@ -84,6 +92,7 @@ class WorkerConnection:
         self.load = WorkerLoad()
         self.heard_at = float("-inf")
         self._clock = clock
+        self._telemetry = telemetry
         self._on_cancelled = on_cancelled
         self._attach = attach
         self._conversations: dict[str, Conversation] = {}
@@ -158,12 +167,16 @@ class WorkerConnection:
         self.load, self.accepting = report.load, report.accepting
         if report.worker != self.peer.id or report.role is not self.role:
             self._become(report)
+        prefilled_tokens = 0
         for event in report.events:
             conversation = self._conversations.get(event.request_id)
             if conversation is not None:
                 if isinstance(event, Prefilled):
                     conversation.is_load = False
+                    prefilled_tokens += conversation.prompt_tokens
                 conversation.heard.put((self, event))
+        counted = count(report.events, prefilled_tokens)
+        self._telemetry.reported(report.worker, report.role, report.accepting, report.load, counted, self.heard_at)
 
     def _become(self, report: StepReport) -> None:
         """The worker changed its role, or is another incarnation behind the same address: all it held is gone."""
@@ -187,10 +200,15 @@ class PoolsView:
     """All members."""
 
     def __init__(
-        self, clock: Clock, on_cancelled: Callable[[float], None] = lambda _: None, attach: Attach = attach
+        self,
+        clock: Clock,
+        telemetry: Telemetry,
+        on_cancelled: Callable[[float], None] = lambda _: None,
+        attach: Attach = attach,
     ) -> None:
         """See WorkerConnection. `attach` is for tests without a network."""
         self._clock = clock
+        self._telemetry = telemetry
         self._on_cancelled = on_cancelled
         self._attach = attach
         self._workers: dict[str, WorkerConnection] = {}
@@ -202,7 +220,9 @@ class PoolsView:
             await self._workers.pop(address).close()
         for address, member in wanted.items():
             if address not in self._workers:
-                self._workers[address] = WorkerConnection(member, self._clock, self._on_cancelled, self._attach)
+                self._workers[address] = WorkerConnection(
+                    member, self._clock, self._telemetry, self._on_cancelled, self._attach
+                )
 
     def snapshot(self) -> PoolSnapshot:
         """The workers that can take requests now."""
