@@ -4,7 +4,7 @@ Memory is bounded: buckets of half a second, for each SLO class of the settings,
 entry for each request that waits for its first token, whose number is bounded by admission.
 """
 
-from collections import deque
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -35,18 +35,25 @@ class Sliding(Generic[Total]):
 
     def __init__(self, zero: Total, horizon_s: float) -> None:
         self._zero = zero
-        self._buckets: deque[tuple[int, Total]] = deque(maxlen=int(horizon_s / BUCKET_S) + 1)
+        self._buckets: dict[int, Total] = {}  # the newest last
+        self._kept = int(horizon_s / BUCKET_S) + 1
 
     def add(self, value: Total, now: float) -> None:
         index = int(now // BUCKET_S)
-        if self._buckets and self._buckets[-1][0] == index:
-            value = self._buckets.pop()[1] + value
-        self._buckets.append((index, value))
+        self._buckets[index] = self._buckets.get(index, self._zero) + value
+        for old in list(itertools.takewhile(lambda each: each <= index - self._kept, self._buckets)):
+            del self._buckets[old]
+
+    def amend(self, value: Total, then: float) -> None:
+        """Add to a bucket of the past, if it is still there."""
+        index = int(then // BUCKET_S)
+        if index in self._buckets:
+            self._buckets[index] += value
 
     def totals(self, spans_s: Sequence[float], now: float) -> list[Total]:
         """The sums since `span_start` of each span; shortest span first."""
         found: list[Total] = []
-        total, buckets = self._zero, reversed(self._buckets)
+        total, buckets = self._zero, reversed(self._buckets.items())
         bucket = next(buckets, None)
         for span_s in spans_s:
             first = _first_bucket(span_s, now)
@@ -95,7 +102,7 @@ def count(events: Sequence[Event], prompt_tokens: int) -> Counted:
 
 
 class WorkerWatch:
-    """One worker incarnation. Reports come once a step: they are added up here, and put into a window twice a second."""
+    """One worker incarnation. Reports come once a step: they are added up, and put into a window twice a second."""
 
     def __init__(self, worker: WorkerId, role: Role, load: WorkerLoad, now: float) -> None:
         self.worker = worker
@@ -212,9 +219,6 @@ class Telemetry:
             journey,
             Traffic(
                 finished=1,
-                output_tokens=tokens,
-                output_squares=tokens * tokens,
-                attended_tokens=tokens * len(journey.request.prompt) + tokens * tokens // 2,
                 paced=tokens > 1,
                 tpot_s=tpot_s,
                 tpot_met=tpot_met,
@@ -223,6 +227,9 @@ class Telemetry:
             ),
             now,
         )
+        attended = tokens * len(journey.request.prompt) + tokens * tokens // 2
+        output = Traffic(known=1, output_tokens=tokens, attended_tokens=attended)
+        self._classes[slo.name].amend(output, journey.arrived_at)
 
     def _add(self, journey: Journey, traffic: Traffic, now: float) -> None:
         name = journey.request.slo.name

@@ -1,6 +1,6 @@
 """Which workers change their role now: a raw policy, and wrappers that keep it calm.
 
-    demand      workers each role needs (demand.py)
+    loads       how loaded each role is, as a ratio to the goals (loads.py)
     split       the raw policy: the split of all workers whose most loaded role is the least loaded
     worthwhile  only if a role is near its limit, the new split relieves it by a margin, and the relief pays the switch
     sustained   only if that was so for a while
@@ -11,10 +11,10 @@
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from cluster.policy.demand import Demand, demand
+from cluster.policy.loads import PrefillLoad, VerifyLoad, prefill_load, settled, verify_load
 from tidemill.core.model import Decision, Role
 from tidemill.core.telemetry import RouterTelemetry, WorkerTelemetry
 
@@ -28,6 +28,7 @@ class RebalanceReason(StrEnum):
     NO_VERIFY_LEFT = "no_verify_left"  # nothing can be decoded: at once, whatever else holds
     BELOW_LEAST = "below_least"  # a role has fewer workers than it must have
     WITHIN_GOALS = "within_goals"  # no role is near its limit
+    GOALS_MET = "goals_met"  # one is, but the traffic is what it was for long, and the goals are met
     NO_BETTER_SPLIT = "no_better_split"
     NOT_WORTH_IT = "not_worth_it"  # the switch costs more than it brings before roles may change again
     NOT_SUSTAINED = "not_sustained"
@@ -38,6 +39,7 @@ class RebalanceReason(StrEnum):
     VERIFY_SHORT = "verify_short"
 
 
+URGENT = (RebalanceReason.NO_VERIFY_LEFT, RebalanceReason.BELOW_LEAST)
 SHORT = {
     Role.PREFILL: RebalanceReason.PREFILL_SHORT,
     Role.DRAFT: RebalanceReason.DRAFT_SHORT,
@@ -98,8 +100,10 @@ class Memory:
 
     since: tuple[tuple[str, Role, float], ...] = ()  # worker, role, when it was first seen in it
     wanted: Role | None = None  # the role that is short
-    wanted_at: float = 0.0
+    excess_s: float = 0.0  # seconds it has been so, weighted by how short it is
+    looked_at: float = math.inf
     changed_at: float = -math.inf
+    joined: tuple[tuple[Role, float], ...] = ()  # when a role was last given workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +112,12 @@ class View:
 
     counts: dict[Role, int]
     movable: tuple[WorkerTelemetry, ...]  # take work, and have dwelt in their role
-    stayers: frozenset[str]  # would be movable, but for the dwell
-    need: Demand
+    stayers: frozenset[str]  # would be movable, but for the dwell: their own, or of whoever joined their role last
+    prefill: PrefillLoad | None
+    verify: VerifyLoad | None
+    settled: bool  # the traffic is what it was for long, and the goals are met
     drafts: bool
-    switch_s: float = field(default=1.0)
+    switch_s: float
 
 
 def rebalance(
@@ -122,20 +128,22 @@ def rebalance(
     view = _view(situation, memory, config, now)
     wanted = _urgent(view, config) or _worthwhile(view, config)
     short = wanted.choice
+    memory = _accumulate(memory, view, short and short[1], config, now)
     if short is None:
-        return Decision((), wanted.reason), replace(memory, wanted=None)
-    target, role = short
-    if wanted.reason not in (RebalanceReason.NO_VERIFY_LEFT, RebalanceReason.BELOW_LEAST):
-        if memory.wanted is not role:
-            memory = replace(memory, wanted=role, wanted_at=now)
-        if now - memory.wanted_at < config.sustain_s:
+        return Decision((), wanted.reason), memory
+    target, _ = short
+    if wanted.reason not in URGENT:
+        if memory.excess_s < config.sustain_s:
             return Decision((), RebalanceReason.NOT_SUSTAINED), memory
         if now - memory.changed_at < config.cooldown_s:
             return Decision((), RebalanceReason.COOLDOWN), memory
     changes = _moves(view, target, urgent=wanted.reason is RebalanceReason.NO_VERIFY_LEFT)
     if not changes:
         return Decision((), RebalanceReason.DWELL), memory
-    return Decision(changes, wanted.reason), replace(memory, wanted=None, changed_at=now)
+    joined = dict(memory.joined) | {change.to: now for change in changes}
+    return Decision(changes, wanted.reason), replace(
+        memory, excess_s=0.0, changed_at=now, joined=tuple(sorted(joined.items()))
+    )
 
 
 def _remember(situation: Situation, memory: Memory, now: float) -> Memory:
@@ -147,9 +155,22 @@ def _remember(situation: Situation, memory: Memory, now: float) -> Memory:
     return replace(memory, since=tuple(sorted(since)))
 
 
+def _accumulate(memory: Memory, view: View, short: Role | None, config: RebalanceConfig, now: float) -> Memory:
+    """A running sum of by how much the load exceeds the headroom: a large excess needs little time, a small one much.
+
+    One look counts as at most the time since the last, so a single odd measurement is never enough.
+    """
+    elapsed = max(now - memory.looked_at, 0.0)
+    before = memory.excess_s if short is memory.wanted else 0.0
+    loads = ratios(view, view.counts)
+    excess = min(max(loads.values()) / config.headroom - 1.0, 1.0)
+    return replace(memory, wanted=short, excess_s=max(before + excess * elapsed, 0.0), looked_at=now)
+
+
 def _view(situation: Situation, memory: Memory, config: RebalanceConfig, now: float) -> View:
     changing = dict(situation.changing)
     since = {name: at for name, _, at in memory.since}
+    joined = dict(memory.joined)
     counts = dict.fromkeys(Role, 0)
     movable, stayers = [], set()
     for worker in situation.telemetry.workers:
@@ -158,12 +179,21 @@ def _view(situation: Situation, memory: Memory, config: RebalanceConfig, now: fl
             counts[changing[name]] += 1
         elif worker.accepting:
             counts[worker.role] += 1
-            if now - since[name] < config.dwell_s:
+            if now - max(since[name], joined.get(worker.role, -math.inf)) < config.dwell_s:
                 stayers.add(name)
             movable.append(worker)
     movable.sort(key=lambda each: (_residual(each), each.worker.name))
-    need = demand(situation.telemetry)
-    return View(counts, tuple(movable), frozenset(stayers), need, situation.drafts, situation.switch_s)
+    telemetry = situation.telemetry
+    return View(
+        counts,
+        tuple(movable),
+        frozenset(stayers),
+        prefill_load(telemetry) if telemetry.windows else None,
+        verify_load(telemetry) if telemetry.windows else None,
+        settled(telemetry.windows),
+        situation.drafts,
+        situation.switch_s,
+    )
 
 
 def _residual(worker: WorkerTelemetry) -> int:
@@ -177,18 +207,12 @@ def _residual(worker: WorkerTelemetry) -> int:
 Wanted = Decision[tuple[Split, Role] | None]  # the split to have, and the role that is short now
 
 
-def pressures(counts: Split, need: Demand) -> dict[Role, float]:
-    """What a role must do, to what it can do within the goals."""
-    drafted = min(counts[Role.DRAFT] / need.draft, 1.0) if need.draft > 0 else 0.0
-    gain = 1.0 + (need.gain - 1.0) * drafted
+def ratios(view: View, split: Split) -> dict[Role, float]:
+    """Of each role with a goal, to that goal; infinite for one that has work and no worker."""
     return {
-        Role.PREFILL: _share(need.prefill, counts[Role.PREFILL]),
-        Role.VERIFY: _share(need.verify / gain, counts[Role.VERIFY]),
+        Role.PREFILL: view.prefill.ratio(split[Role.PREFILL]) if view.prefill else 0.0,
+        Role.VERIFY: view.verify.ratio(split[Role.VERIFY], split[Role.DRAFT]) if view.verify else 0.0,
     }
-
-
-def _share(need: float, count: int) -> float:
-    return need / count if count else math.inf if need > 0 else 0.0
 
 
 def splits(view: View, config: RebalanceConfig) -> Iterator[Split]:
@@ -205,7 +229,7 @@ def best_split(view: View, config: RebalanceConfig) -> Split | None:
     return min(
         splits(view, config),
         key=lambda split: (
-            round(_worst(split, view.need), 3),
+            round(_worst(view, split), 3),
             _distance(split, view.counts),
             *split.values(),
         ),
@@ -232,12 +256,14 @@ def _urgent(view: View, config: RebalanceConfig) -> Wanted | None:
 
 
 def _worthwhile(view: View, config: RebalanceConfig) -> Wanted:
-    now = pressures(view.counts, view.need)
+    now = ratios(view, view.counts)
     short = max(now, key=lambda role: (now[role], role))
     if now[short] < config.headroom:
         return Decision(None, RebalanceReason.WITHIN_GOALS)
+    if view.settled:
+        return Decision(None, RebalanceReason.GOALS_MET)
     target = best_split(view, config)
-    relief = 0.0 if target is None else 1.0 - _worst(target, view.need) / now[short]
+    relief = 0.0 if target is None else 1.0 - _worst(view, target) / now[short]
     if target is None or relief < config.margin:
         return Decision(None, RebalanceReason.NO_BETTER_SPLIT)
     moved = _distance(target, view.counts) / sum(view.counts.values())
@@ -246,8 +272,8 @@ def _worthwhile(view: View, config: RebalanceConfig) -> Wanted:
     return Decision((target, short), SHORT[short])
 
 
-def _worst(split: Split, need: Demand) -> float:
-    return max(pressures(split, need).values())
+def _worst(view: View, split: Split) -> float:
+    return max(ratios(view, split).values())
 
 
 # --- who moves --------------------------------------------------------------------------------------------------
@@ -257,7 +283,7 @@ def _moves(view: View, target: Split, *, urgent: bool) -> tuple[RoleChange, ...]
     """From roles with too many to roles with too few, at most half of a role at once; the least busy first."""
     give = {role: min(view.counts[role] - target[role], max(view.counts[role] // 2, 1)) for role in Role}
     take = [role for role in Role for _ in range(target[role] - view.counts[role])]
-    take.sort(key=lambda role: -_share(1.0, view.counts[role]))
+    take.sort(key=lambda role: view.counts[role])
     changes: list[RoleChange] = []
     for worker in view.movable:
         if not take:
@@ -269,6 +295,6 @@ def _moves(view: View, target: Split, *, urgent: bool) -> tuple[RoleChange, ...]
 
 
 __all__ = [
-    "Bounds", "Memory", "RebalanceConfig", "RebalanceReason", "RoleChange", "Situation", "best_split", "pressures",
+    "Bounds", "Memory", "RebalanceConfig", "RebalanceReason", "RoleChange", "Situation", "best_split", "ratios",
     "rebalance",
 ]  # fmt: skip

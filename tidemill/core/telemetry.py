@@ -31,7 +31,9 @@ _NAMES: dict[type[Sums], tuple[str, ...]] = {}
 
 @dataclass(frozen=True, slots=True)
 class Traffic(Sums):
-    """Requests of one SLO class. A request counts when it arrives, when its first token leaves, and when it ends."""
+    """Requests of one SLO class. A request counts when it arrives, when its first token leaves, and when it ends; what
+    its output was like counts when it *arrived*, so that lengths belong to the traffic that brought them.
+    """
 
     arrived: int = 0
     prompt_tokens: int = 0
@@ -46,15 +48,15 @@ class Traffic(Sums):
     ttft_met: int = 0
     ttft_of_goal: float = 0.0  # sum of TTFT divided by its goal
     finished: int = 0
-    output_tokens: int = 0
-    output_squares: int = 0
-    attended_tokens: int = 0  # sum over output tokens of the KV tokens each was computed with
     paced: int = 0  # finished, with two tokens or more
     tpot_s: float = 0.0
     tpot_met: int = 0
     tpot_of_goal: float = 0.0
     met: int = 0  # finished within both goals
     failed: int = 0  # ended without finishing, not by their clients
+    known: int = 0  # of those that arrived: finished by now
+    output_tokens: int = 0  # theirs
+    attended_tokens: int = 0  # sum over these tokens of the KV tokens each was computed with
 
     @property
     def attainment(self) -> float | None:
