@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from tidemill.core.model import Role
 from tidemill.core.telemetry import RouterTelemetry, Steps, Traffic, Window, WorkerTelemetry
 
-CHANGED = 3.0  # standard deviations between a short window and the rest of a longer one: the traffic is another now
+CHANGED = 4.0  # standard deviations between a short window and the rest of a longer one: the traffic is another now
 TAIL = 2.3  # ln 10: one prompt in ten waits longer than so many mean waits
 AHEAD_S = 10.0  # a queue that grows is judged by what it will be then
 FULL = 0.95  # utilisation from which on a queue grows rather than waits
@@ -140,7 +140,8 @@ def prefill_load(telemetry: RouterTelemetry) -> PrefillLoad | None:
     rest_s = (long.transfer_s + long.first_decode_s) / max(long.started, 1)
     goal_s = strictest(windows[-1], lambda t: t.ttft_goal_s)
     # What is being computed, and on its way, does not wait: as many tokens as come in that time.
-    backlog_s = max(telemetry.waiting.tokens / per_s - busy * (prompt_s + rest_s), 0.0)
+    queued = telemetry.waiting.tokens - _unplaced_tokens(telemetry)
+    backlog_s = max(queued / per_s - busy * (prompt_s + rest_s), 0.0)
     return PrefillLoad(busy, prompt_s, backlog_s, rest_s, goal_s)
 
 
@@ -166,7 +167,7 @@ class VerifyLoad:
     base_s: float  # of a step, however little it does
     present_s: float  # what requests that are there add to a step, if one worker had all of them
     work: float  # seconds a second that arriving requests add to steps, of all workers together
-    kv_present: float  # workers' pools that are full, with what is there
+    kv_present: float  # workers' pools that are full, with what is there and what waits for room
     kv_work: float  # the same with what arrives, at the goal's pace
     goal_s: float  # TPOT
     accepted: float = 0.0  # draft tokens a verified request gets on top
@@ -199,19 +200,29 @@ def verify_load(telemetry: RouterTelemetry) -> VerifyLoad | None:
     room = KV_SHARE * sum(_tokens(w.load.kv_blocks_total, w) for w in workers) / len(workers)
     running = sum(worker.load.running_requests for worker in workers)
     held = sum(_tokens(worker.load.kv_blocks_used, worker) for worker in workers)
+    wanted = held + sum(_tokens(w.load.kv_blocks_leased, w) for w in workers) + _unplaced_tokens(telemetry)
     outputs, context = _arriving(windows)
     drafted = progress.drafted / progress.verifies if progress.verifies else 0.0
     return VerifyLoad(
         line.base,
         line.each * running + line.held * held,
         line.each * outputs + line.held * context,
-        held / room,
+        wanted / room,
         context * goal_s / room,
         goal_s,
         progress.tokens_per_verify - 1.0,
         line.each * running * drafted,
         _drafters(windows, telemetry.workers) if drafted else 0.0,
     )
+
+
+def _unplaced_tokens(telemetry: RouterTelemetry) -> int:
+    """Prompts that wait for room on a verify worker, not for a prefill worker."""
+    verify = [worker.load for worker in telemetry.workers if worker.role is Role.VERIFY]
+    taken = sum(load.kv_blocks_used + load.kv_blocks_leased for load in verify)
+    if taken < KV_SHARE * sum(load.kv_blocks_total for load in verify):
+        return 0
+    return max(telemetry.waiting.tokens - sum(worker.load.queued_tokens for worker in telemetry.workers), 0)
 
 
 def _tokens(blocks: int, worker: WorkerTelemetry) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from cluster.policy.loads import PrefillLoad, VerifyLoad, prefill_load, settled, verify_load
+from cluster.policy.loads import PrefillLoad, VerifyLoad, prefill_load, settled, traffic_window, verify_load
 from tidemill.core.model import Decision, Role
 from tidemill.core.telemetry import RouterTelemetry, WorkerTelemetry
 
@@ -39,6 +39,8 @@ class RebalanceReason(StrEnum):
     VERIFY_SHORT = "verify_short"
 
 
+HOPELESS = 3  # times the margin, for a split that misses the goals too
+MOST_DOUBLINGS = 6  # of the dwell, after so many reversals
 URGENT = (RebalanceReason.NO_VERIFY_LEFT, RebalanceReason.BELOW_LEAST)
 SHORT = {
     Role.PREFILL: RebalanceReason.PREFILL_SHORT,
@@ -66,7 +68,7 @@ class RebalanceConfig:
     draft: Bounds = Bounds()
     verify: Bounds = Bounds(1)
     headroom: float = 0.85
-    margin: float = 0.15
+    margin: float = 0.1
     sustain_s: float = 1.0
     cooldown_s: float = 3.0
     dwell_s: float = 10.0
@@ -104,6 +106,7 @@ class Memory:
     looked_at: float = math.inf
     changed_at: float = -math.inf
     joined: tuple[tuple[Role, float], ...] = ()  # when a role was last given workers
+    reversals: int = 0  # changes that took back what the one before them gave, since the traffic last changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +143,16 @@ def rebalance(
     changes = _moves(view, target, urgent=wanted.reason is RebalanceReason.NO_VERIFY_LEFT)
     if not changes:
         return Decision((), RebalanceReason.DWELL), memory
+    return Decision(changes, wanted.reason), _changed(memory, changes, now)
+
+
+def _changed(memory: Memory, changes: tuple[RoleChange, ...], now: float) -> Memory:
+    taken = {change.before for change in changes}
+    given = [role for role, at in memory.joined if at == memory.changed_at]
     joined = dict(memory.joined) | {change.to: now for change in changes}
-    return Decision(changes, wanted.reason), replace(
-        memory, excess_s=0.0, changed_at=now, joined=tuple(sorted(joined.items()))
+    reversals = memory.reversals + any(role in taken for role in given)
+    return replace(
+        memory, excess_s=0.0, changed_at=now, joined=tuple(sorted(joined.items())), reversals=reversals
     )
 
 
@@ -152,7 +162,10 @@ def _remember(situation: Situation, memory: Memory, now: float) -> Memory:
     for worker in situation.telemetry.workers:
         role, at = before.get(worker.worker.name, (None, now))
         since.append((worker.worker.name, worker.role, at if role is worker.role else now))
-    return replace(memory, since=tuple(sorted(since)))
+    windows = situation.telemetry.windows
+    lasts_s = windows[traffic_window(windows)].seconds if windows else 0.0
+    reversals = memory.reversals if lasts_s >= min(now - memory.changed_at, windows[-1].seconds if windows else 0.0) else 0
+    return replace(memory, since=tuple(sorted(since)), reversals=reversals)
 
 
 def _accumulate(memory: Memory, view: View, short: Role | None, config: RebalanceConfig, now: float) -> Memory:
@@ -171,6 +184,7 @@ def _view(situation: Situation, memory: Memory, config: RebalanceConfig, now: fl
     changing = dict(situation.changing)
     since = {name: at for name, _, at in memory.since}
     joined = dict(memory.joined)
+    role_dwell_s = config.dwell_s * 2 ** min(memory.reversals, MOST_DOUBLINGS)
     counts = dict.fromkeys(Role, 0)
     movable, stayers = [], set()
     for worker in situation.telemetry.workers:
@@ -179,7 +193,7 @@ def _view(situation: Situation, memory: Memory, config: RebalanceConfig, now: fl
             counts[changing[name]] += 1
         elif worker.accepting:
             counts[worker.role] += 1
-            if now - max(since[name], joined.get(worker.role, -math.inf)) < config.dwell_s:
+            if now - since[name] < config.dwell_s or now - joined.get(worker.role, -math.inf) < role_dwell_s:
                 stayers.add(name)
             movable.append(worker)
     movable.sort(key=lambda each: (_residual(each), each.worker.name))
@@ -263,8 +277,11 @@ def _worthwhile(view: View, config: RebalanceConfig) -> Wanted:
     if view.settled:
         return Decision(None, RebalanceReason.GOALS_MET)
     target = best_split(view, config)
-    relief = 0.0 if target is None else 1.0 - _worst(view, target) / now[short]
-    if target is None or relief < config.margin:
+    if target is None:
+        return Decision(None, RebalanceReason.NO_BETTER_SPLIT)
+    worst = _worst(view, target)
+    relief = 1.0 - worst / now[short]
+    if relief < config.margin * (1 if worst <= 1.0 else HOPELESS):
         return Decision(None, RebalanceReason.NO_BETTER_SPLIT)
     moved = _distance(target, view.counts) / sum(view.counts.values())
     if relief * config.dwell_s < moved * view.switch_s:

@@ -219,7 +219,7 @@ class ControllerSettings(Section):
     verify: RoleBounds = RoleBounds(least=1)
     headroom: Annotated[float, Field(gt=0, le=1)] = 0.85
     """Share of what a role could do within the goals above which roles are reconsidered."""
-    margin: Annotated[float, Field(ge=0)] = 0.15
+    margin: Annotated[float, Field(ge=0)] = 0.1
     """By how much another split must relieve the most loaded role."""
     sustain_s: Annotated[float, Field(ge=0)] = 1.0
     """How long a change must be called for before it is made."""
