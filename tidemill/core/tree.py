@@ -28,7 +28,7 @@ class Shape:
 
     def times(self, rounds: int) -> "Shape":
         """Room for this much more than once: after each round comes a token that the target chose alone."""
-        return Shape(self.depth * rounds + rounds - 1, self.width, self.nodes * rounds)
+        return Shape(self.depth * rounds + rounds - 1, self.width, self.nodes * (1 + 3 * (rounds - 1)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -307,7 +307,7 @@ class NativeEngine:
 
     def _successors_in(self, piece: Slice, root: int, logits: Floats) -> tuple[Successors, ...]:
         """`logits` [1 + nodes, vocabulary] of the root's row and the nodes'."""
-        likeliest = likeliest_tokens(logits, self._successors)
+        likeliest = likeliest_tokens(logits, self._successors).tolist()
         tokens = [root, *(piece.draft.tokens[node] for node in piece.nodes)]
         return tuple((token, tuple(after)) for token, after in zip(tokens, likeliest, strict=True))
 
