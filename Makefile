@@ -44,7 +44,7 @@ test: lint types env
 
 # make identity: the same tokens through every way, for all held-out prompts.
 identity: env
-	$(BIN)/python -m pytest tests/e2e/test_identity.py --all-prompts --timeout 1200
+	$(BIN)/python -m pytest tests/e2e/test_identity.py tests/e2e/test_drafts.py --all-prompts --timeout 1200
 
 # make docs: the pages that are made from declarations.
 docs: env
