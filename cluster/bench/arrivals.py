@@ -4,7 +4,7 @@ import csv
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from itertools import takewhile
 from pathlib import Path
@@ -37,7 +37,7 @@ class Arrival:
 
 @dataclass(frozen=True, slots=True)
 class TraceEntry:
-    """One request of a recorded service. Seconds count from the first."""
+    """One request of a recorded service. Seconds count from where it is played."""
 
     at_s: float
     prompt_tokens: int
@@ -80,8 +80,11 @@ def parse_mix(text: str) -> dict[str, float]:
     return {name: share / total for name, share in shares.items()}
 
 
-def read_trace(path: Path) -> tuple[TraceEntry, ...]:
-    """A CSV file with the columns of the Azure LLM inference traces, in order of time. Raises BadWorkload."""
+def read_trace(path: Path, skip_s: float = 0.0) -> tuple[TraceEntry, ...]:
+    """A CSV file with the columns of the Azure LLM inference traces, in order of time, without its first `skip_s`.
+
+    Raises BadWorkload.
+    """
     try:
         with path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
@@ -91,11 +94,14 @@ def read_trace(path: Path) -> tuple[TraceEntry, ...]:
             rows = [_entry(row, f"{path}:{reader.line_num}") for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise BadWorkload(f"{path}: cannot be read: {error}") from error
-    if len(rows) < 2:
-        raise BadWorkload(f"{path}: a trace has two requests or more")
     rows.sort(key=lambda row: row[0])
-    first = rows[0][0]
-    return tuple(TraceEntry((at - first).total_seconds(), *lengths) for at, *lengths in rows)
+    begin = rows[0][0] + timedelta(seconds=skip_s) if rows else None
+    trace = tuple(TraceEntry((at - begin).total_seconds(), *lengths) for at, *lengths in rows if begin and at >= begin)
+    if len(trace) < 2:
+        raise BadWorkload(
+            f"{path}: a trace has two requests or more; this one has {len(rows)}, {len(trace)} after {skip_s} s"
+        )
+    return trace
 
 
 def _entry(row: Mapping[str, str], place: str) -> tuple[datetime, int, int]:

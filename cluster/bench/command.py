@@ -3,7 +3,7 @@
 import asyncio
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from cluster.bench.arrivals import (
     Arrival,
     BadWorkload,
     Process,
+    TraceEntry,
     Workload,
     fitted,
     mean_rate,
@@ -37,6 +38,7 @@ from tidemill.core.settings import SettingsError, SloSettings, load_settings
 DEFAULT_ADDRESS = "127.0.0.1:7071"
 DEFAULT_GOALS = {"default": SloSettings(ttft_s=DEFAULT_SLO.ttft_s, tpot_s=DEFAULT_SLO.tpot_s)}
 REFRESH_PER_S = 4
+WHERE, WHEN, WHAT = "Cluster", "When requests come", "What they ask for"  # groups of options in the help
 
 
 @dataclass(slots=True)
@@ -69,57 +71,75 @@ class Plan:
 
 def bench(
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="The cluster's settings: address and goals are read from it.")
+        Path | None,
+        typer.Option(
+            "--config", "-c", help="The cluster's settings: address and goals are read there.", rich_help_panel=WHERE
+        ),
     ] = None,
-    address: Annotated[str | None, typer.Option(help="Router, host:port; goes before the settings'.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Router, host:port; goes before the settings'.", rich_help_panel=WHERE)
+    ] = None,
+    token_file: Annotated[Path | None, typer.Option(help="File with the bearer token.", rich_help_panel=WHERE)] = None,
+    ca: Annotated[
+        Path | None,
+        typer.Option(help="PEM file of the authority that signed the router's certificate.", rich_help_panel=WHERE),
+    ] = None,
     arrivals: Annotated[
-        Process | None, typer.Option(help="When requests come; `trace` if there is one, else `poisson`.")
+        Process | None, typer.Option(help="As in a trace if there is one, else poisson.", rich_help_panel=WHEN)
     ] = None,
-    rates: Annotated[str, typer.Option(help="Requests a second, one run after another: 2,4,8.")] = "",
-    duration: Annotated[float, typer.Option(min=0.1, help="Seconds of arrivals at each rate.")] = 30.0,
+    rates: Annotated[
+        str, typer.Option(help="Requests a second, one run after another; a trace's own, else 2.", rich_help_panel=WHEN)
+    ] = "",
+    duration: Annotated[
+        float, typer.Option(min=0.1, help="Seconds of arrivals at each rate.", rich_help_panel=WHEN)
+    ] = 30.0,
     trace: Annotated[
         Path | None,
-        typer.Option(help="CSV file with the columns TIMESTAMP, ContextTokens, GeneratedTokens (Azure LLM traces)."),
+        typer.Option(help="CSV file: TIMESTAMP, ContextTokens, GeneratedTokens (Azure's).", rich_help_panel=WHEN),
     ] = None,
-    speed: Annotated[
-        str, typer.Option(help="Instead of --rates: how many times as fast as recorded the trace is played: 1,5.")
-    ] = "",
+    speed: Annotated[str, typer.Option(help="Instead of rates: times as fast as recorded.", rich_help_panel=WHEN)] = "",
+    skip: Annotated[
+        float, typer.Option(min=0, help="Seconds of the trace, as recorded, to leave out first.", rich_help_panel=WHEN)
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same load.", rich_help_panel=WHEN)] = 0,
     prompt_tokens: Annotated[
-        str, typer.Option(help=f"Lengths of prompts: {LENGTHS_HELP}; the trace's, else 256.")
+        str, typer.Option(help=f"{LENGTHS_HELP}; the trace's, else 256.", rich_help_panel=WHAT)
     ] = "",
-    output_tokens: Annotated[str, typer.Option(help=f"Lengths of outputs: {LENGTHS_HELP}; the trace's, else 64.")] = "",
-    mix: Annotated[str, typer.Option(help="SLO classes and their shares: tight=0.6,relaxed=0.4.")] = "default",
+    output_tokens: Annotated[
+        str, typer.Option(help=f"{LENGTHS_HELP}; the trace's, else 64.", rich_help_panel=WHAT)
+    ] = "",
+    mix: Annotated[
+        str, typer.Option(help="SLO classes and their shares: tight=0.6,relaxed=0.4.", rich_help_panel=WHAT)
+    ] = "default",
     goal: Annotated[
         list[str] | None,
-        typer.Option(help="A class's TTFT and TPOT in seconds, instead of the settings': tight=0.5,0.05; repeatable."),
+        typer.Option(
+            help="A class's TTFT and TPOT, if not the settings': tight=0.5,0.05; repeatable.", rich_help_panel=WHAT
+        ),
     ] = None,
     max_in_flight: Annotated[
-        int, typer.Option(min=1, help="Requests open at once; what is due beyond is dropped.")
+        int, typer.Option(min=1, help="Requests open at once; what is due beyond is dropped.", rich_help_panel=WHAT)
     ] = 512,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Deadline of each request, in seconds.")] = 120.0,
-    seed: Annotated[int, typer.Option(help="Same seed, same load.")] = 0,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for CSV and PNG files; bench-DATE-TIME if not given.")
-    ] = None,
-    token_file: Annotated[Path | None, typer.Option(help="File with the bearer token.")] = None,
-    ca: Annotated[
-        Path | None, typer.Option(help="PEM file of the authority that signed the router's certificate.")
-    ] = None,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, help="Deadline of each request, in seconds.", rich_help_panel=WHAT)
+    ] = 120.0,
+    out: Annotated[Path | None, typer.Option(help="Folder for CSV and PNG files; none: bench-DATE-TIME.")] = None,
 ) -> None:
-    """Put load on a running cluster and say how much of it was served within its latency goals.
+    """Put load on a running cluster and say how much was served within its latency goals.
 
-    Requests are sent when they are due, however slow the answers are. Prompts are random tokens, outputs as long as
-    asked for. Ctrl-C cancels what is in flight and reports the rest.
+    Requests are sent when they are due, however slow the answers are.
+    Prompts are random tokens. Ctrl-C cancels what is in flight and reports the rest.
 
     \b
       tidemill bench --rates 2,4,8 --duration 20
-      tidemill bench -c deploy/emulated.yaml --trace azure_llm_2023_conv.csv --speed 1,2 \\
+      tidemill bench -c deploy/emulated.yaml --trace conv.csv --speed 1,2 \\
           --mix tight=0.6,default=0.2,relaxed=0.2
     """
     console, err = Console(), Console(stderr=True)
     try:
         settings = load_settings(config) if config else None
-        workload = _workload(arrivals, trace, prompt_tokens, output_tokens, mix)
+        entries = read_trace(trace, skip) if trace else ()
+        workload = _workload(arrivals, entries, prompt_tokens, output_tokens, mix)
         plan = Plan(
             address=address or (f"{settings.router.host}:{settings.router.port}" if settings else DEFAULT_ADDRESS),
             token=token_file.read_text(encoding="utf-8").strip() if token_file else None,
@@ -147,15 +167,14 @@ def bench(
 # --- the command line -----------------------------------------------------------------------------------------------
 
 
-def _workload(arrivals: Process | None, trace: Path | None, prompt: str, output: str, mix: str) -> Workload:
+def _workload(arrivals: Process | None, trace: Sequence[TraceEntry], prompt: str, output: str, mix: str) -> Workload:
     """Raises BadWorkload."""
-    entries = read_trace(trace) if trace else ()
     return Workload(
-        arrivals or (Process.TRACE if entries else Process.POISSON),
+        arrivals or (Process.TRACE if trace else Process.POISSON),
         parse_mix(mix),
-        parse_lengths(prompt or "256") if prompt or not entries else None,
-        parse_lengths(output or "64") if output or not entries else None,
-        entries,
+        parse_lengths(prompt or "256") if prompt or not trace else None,
+        parse_lengths(output or "64") if output or not trace else None,
+        trace,
     )
 
 

@@ -22,11 +22,11 @@ def plot_rates(path: Path, rows: Sequence[ClassSummary]) -> None:
         rates = [row.rate for row in own]
         left.plot(rates, [100 * row.attainment for row in own], marker="o", label=name, **style)  # type: ignore[arg-type]
         right.plot(rates, [row.goodput for row in own], marker="o", label=name, **style)  # type: ignore[arg-type]
-    offered = sorted({row.rate for row in rows})
+    offered = [0.0, max(row.rate for row in rows)]
     right.plot(offered, offered, linestyle=":", color="grey", label="offered")
     left.axhline(90, linestyle=":", color="grey")
-    left.set(xlabel="requests / s", ylabel="in their goal, %", ylim=(-3, 103))
-    right.set(xlabel="requests / s", ylabel="goodput, requests / s", ylim=(0, None))
+    left.set(xlabel="requests / s", ylabel="in their goal, %", xlim=(0, None), ylim=(-3, 103))
+    right.set(xlabel="requests / s", ylabel="goodput, requests / s", xlim=(0, None), ylim=(0, None))
     _finish(figure, (left, right), path)
 
 
@@ -52,7 +52,7 @@ def plot_distributions(path: Path, exchanges: Iterable[Exchange], goals: Mapping
 def _cdf(axis: Axes, seconds: Iterable[float], label: str, color: tuple[float, float, float, float]) -> None:
     ranked = sorted(1e3 * each for each in seconds if each > 0)  # a single token has no TPOT
     shares = [100 * (index + 1) / len(ranked) for index in range(len(ranked))]
-    axis.step(ranked, shares, where="post", label=label, color=color)
+    axis.step([*ranked[:1], *ranked], [0.0, *shares] if ranked else [], where="post", label=label, color=color)
 
 
 def _two_axes() -> tuple[Figure, tuple[Axes, Axes]]:

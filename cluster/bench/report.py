@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from cluster.bench.summary import ALL, PERCENTS, ClassSummary, Exchange
+from cluster.bench.summary import PERCENTS, ClassSummary, Exchange
 
 LATE_S = 0.05  # a client that sends the 99th of 100 requests so late is itself a bottleneck
 
@@ -17,8 +17,7 @@ LATE_S = 0.05  # a client that sends the 99th of 100 requests so late is itself 
 def table(rows: Iterable[ClassSummary]) -> Table:
     """Fits a terminal of 80 columns."""
     found = Table(box=None, padding=(0, 1, 0, 0), header_style="bold underline")
-    names = "/".join(f"p{percent}" for percent in PERCENTS)
-    headers = ("rate", "class", "sent", "ok", "fail", "drop", "in goal", "good/s", f"TTFT {names} ms", "TPOT")
+    headers = ("rate", "class", "sent", "ok", "fail", "drop", "goal", "good/s", "TTFT, ms", "TPOT, ms")
     for header in headers:
         found.add_column(header, justify="left" if header == "class" else "right", no_wrap=True)
     for row in rows:
@@ -33,8 +32,13 @@ def table(rows: Iterable[ClassSummary]) -> Table:
             f"{row.goodput:.2f}",
             _milliseconds(row.ttft_s, 0),
             _milliseconds(row.tpot_s, 0 if row.tpot_s[0] > 0.1 else 1),
-            end_section=row.slo_class == ALL,
         )
+    ranks = "/".join(f"p{percent}" for percent in PERCENTS)
+    found.caption = (
+        f"TTFT and TPOT: {ranks} of answers in full; goal: share of all that were due which met both goals; "
+        "good/s: how many a second did"
+    )
+    found.caption_justify = "left"
     return found
 
 

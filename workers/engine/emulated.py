@@ -29,6 +29,7 @@ from workers.engine.native.scheduler import Slice
 from workers.engine.noise import Bits, mix, mix_all
 
 CERTAIN = 20.0  # logit of the hashed token over all others: sampling at moderate temperatures takes it too
+SPREAD = 0.01  # between the logits of all other tokens
 RANKS = 8  # choices of a draft that may be right
 DRAFT_KEY = np.uint64(0x5DEECE66D1CE4E5B)
 WORDS = 4  # a 64-bit hash as four 16-bit numbers, which float32 holds exactly
@@ -50,8 +51,10 @@ class HashModel:
         self.eos_token_ids: frozenset[int] = frozenset()
         self._agreement = agreement
         self._scores = _rank_logits(agreement, vocab_size)
+        # All but the choices have logits just below 0, no two of them the same: ranking is slow among ties.
+        self._others = np.linspace(0.0, -SPREAD, vocab_size, dtype=np.float32)
         self._logits = np.zeros((0, vocab_size), np.float32)
-        # Rows [n, 1] and tokens [n, ranks] that are not 0 in `_logits`.
+        # Rows [n, 1] and tokens [n, ranks] that are not as in `_others`.
         self._hot = (np.zeros((0, 1), np.int64), np.zeros((0, len(self._scores)), np.int64))
 
     def layout(self, block_size: int) -> KvLayout:
@@ -77,9 +80,9 @@ class HashModel:
     def logits_of(self, hashes: Bits) -> npt.NDArray[np.float32]:
         """[hashes, vocabulary]: what follows prefixes with these hashes."""
         if len(hashes) > len(self._logits):
-            self._logits = np.zeros((len(hashes), self.vocab_size), np.float32)
+            self._logits = np.tile(self._others, (len(hashes), 1))
         else:
-            self._logits[self._hot] = 0.0
+            self._logits[self._hot] = self._others[self._hot[1]]
         self._hot = (np.arange(len(hashes))[:, None], self._choices(hashes))
         self._logits[self._hot] = self._scores
         return self._logits[: len(hashes)]
@@ -101,7 +104,7 @@ class HashModel:
 
 
 def _rank_logits(agreement: float, vocab_size: int) -> npt.NDArray[np.float32]:
-    """Logits of a draft's choices, best first, over the 0 of all other tokens: with chances as their ranks have."""
+    """Logits of a draft's choices, best first, over the 0 or so of all others: with chances as their ranks have."""
     if agreement == 1.0:
         return np.array([CERTAIN], np.float32)
     missed = 1.0 - agreement
