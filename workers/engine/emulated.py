@@ -177,6 +177,7 @@ class EmulatedEngine(NativeEngine):
         self._clock = clock or SystemClock()
         self._sleep = sleep
         self._work = StepWork()  # of the main pass of the step under way
+        self._late_s = 0.0  # by which the last step ended later than it should have
 
     def step(self) -> StepOutput:
         """Its `seconds` are the model's, or more if the bookkeeping alone took longer."""
@@ -207,10 +208,18 @@ class EmulatedEngine(NativeEngine):
         return StepWork(decode_rows=rows, context_tokens=sum(len(self._sequences[each].tokens) for each in request_ids))
 
     def _pace(self, started: float, seconds: float) -> float:
-        """Sleep until so much time has passed; returns how much did."""
-        elapsed = self._clock.monotonic() - started
-        if elapsed < seconds:
-            self._sleep(seconds - elapsed)
+        """Sleep until so much time has passed; returns how much did, were it not for what is made up for.
+
+        A thread wakes late, the more so the busier the machine. What one step was late the next is shorter, so that
+        the pace is the model's.
+        """
+        due = started + seconds - self._late_s
+        now = self._clock.monotonic()
+        elapsed = now - started
+        if now < due:
+            self._sleep(due - now)
+            now = self._clock.monotonic()
+        self._late_s = min(max(now - due, 0.0), seconds)
         return max(elapsed, seconds)
 
 

@@ -26,10 +26,11 @@ from workers.engines import make_engine as made_by_settings
 
 @dataclass
 class Time:
-    """Passes by sleeping only, and by `busy_s` whenever it is read."""
+    """Passes by sleeping only, too long by `oversleep_s`, and by `busy_s` whenever it is read."""
 
     now: float = 100.0
     busy_s: float = 0.0
+    oversleep_s: float = 0.0
     slept: list[float] = field(default_factory=list)
 
     def monotonic(self) -> float:
@@ -38,7 +39,7 @@ class Time:
 
     def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
-        self.now += seconds
+        self.now += seconds + self.oversleep_s
 
 
 def request_of(tokens: int, max_tokens: int = 8, name: str = "r") -> Request:
@@ -124,6 +125,21 @@ class TestPace:
         engine.submit(request_of(5))
         assert engine.step().seconds == pytest.approx(70.0)
         assert not time.slept
+
+    def test_what_was_overslept_does_not_add_up(self) -> None:
+        time = Time(oversleep_s=3.0)
+        engine = self.engine(time)
+        engine.submit(request_of(40))
+        seconds = [engine.step().seconds for _ in range(3)]
+        assert seconds == pytest.approx([160.5, 160.5, 80.5])
+        assert time.slept == pytest.approx([160.5, 157.5, 77.5])
+
+    def test_no_more_is_made_up_for_than_a_step(self) -> None:
+        time = Time(oversleep_s=1000.0)
+        engine = self.engine(time)
+        engine.submit(request_of(50))
+        assert [engine.step().seconds for _ in range(4)] == pytest.approx([160.5, 160.5, 160.5, 20.5])
+        assert time.slept == pytest.approx([160.5, 160.5])
 
     def test_a_step_that_does_nothing_takes_no_time(self) -> None:
         time = Time()
