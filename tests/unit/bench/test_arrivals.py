@@ -6,7 +6,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.bench.arrivals import (
@@ -149,6 +149,7 @@ class TestMix:
             parse_mix(text)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 5000), st.integers(1, 5000))), st.integers(2, 3000))
 def test_requests_fit_the_context_and_only_what_does_not_is_cut(lengths: list[tuple[int, int]], context: int) -> None:
     arrivals = [Arrival(0.0, prompt, output, "default") for prompt, output in lengths]

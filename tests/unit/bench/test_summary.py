@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -82,6 +82,7 @@ class TestSummary:
         assert math.isnan(row.attainment)
         assert all(map(math.isnan, row.ttft_s))
 
+    @settings(deadline=None)
     @given(st.lists(st.tuples(st.sampled_from(list(GOALS)), results, st.floats(0, 3), st.floats(0, 0.3))))
     def test_classes_add_up(self, outcomes: list[tuple[str, str, float, float]]) -> None:
         exchanges = [exchange(number, *outcome) for number, outcome in enumerate(outcomes)]
@@ -91,6 +92,7 @@ class TestSummary:
         assert everything.due == sum(each.result != CANCELLED for each in exchanges)
         assert everything.goodput * 10.0 <= everything.ok <= everything.sent <= everything.due
 
+    @settings(deadline=None)
     @given(st.lists(st.floats(0, 1e3), min_size=1))
     def test_percentiles(self, values: list[float]) -> None:
         assert percentiles(values) == pytest.approx(tuple(np.quantile(values, (0.5, 0.9, 0.99))))

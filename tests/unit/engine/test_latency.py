@@ -5,7 +5,7 @@ from dataclasses import astuple
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tidemill.core.settings import LatencySettings
@@ -69,6 +69,7 @@ class TestFit:
         assert (model.step_s, model.decode_row_s) == pytest.approx((0.01, 0.001))
         assert model.prefill_token_s == model.drafted_row_s == 0.0
 
+    @settings(deadline=None)
     @given(st.lists(st.tuples(works, st.floats(1e-4, 10.0)), min_size=6, max_size=30))
     def test_nothing_ever_costs_less_than_nothing(self, steps: list[tuple[StepWork, float]]) -> None:
         assert min(astuple(LinearLatency.fit(steps))) >= 0.0
