@@ -39,7 +39,9 @@ class RouterServer:
         self._settings = settings
         self._clock = clock or SystemClock()
         self.metrics = Metrics(ROUTER_SERIES)
-        self._model = ServedModel(settings.target, settings.engine.kv_blocks * settings.engine.block_size)
+        engine = settings.engine
+        emulated = settings.emulated if engine.kind == "emulated" else None
+        self._model = ServedModel(settings.target, engine.kv_blocks * engine.block_size, emulated)
         self._pools = PoolsView(self._clock, lambda seconds: self.metrics.observe(metrics.CANCEL_TO_RELEASE, seconds))
         limits = AdmissionLimits(settings.router.max_active, settings.router.max_queued)
         self._gate = Gate(limits, self.metrics)

@@ -57,6 +57,12 @@ class TestSettings:
         assert settings.target.path.name == "target"
         assert settings.pools.verify == 2
 
+    def test_the_shipped_emulated_cluster(self, tmp_path: Path) -> None:
+        settings = load_settings(Path("deploy/emulated.yaml"))
+        assert (settings.engine.kind, settings.emulated.target.model) == ("emulated", "opt-13b")
+        text = "target: {path: m}\npools: {draft: 0}\nemulated: {target: {model: fitted, measured: steps.csv}}"
+        assert load_settings(self.write(tmp_path, text)).emulated.target.measured == tmp_path / "steps.csv"
+
     @pytest.mark.parametrize(
         ("text", "said"),
         [
