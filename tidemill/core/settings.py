@@ -41,7 +41,7 @@ class ModelSettings(Section):
 class EngineSettings(Section):
     """How a worker's engine runs a model."""
 
-    kind: Literal["native", "emulated"] = "native"
+    kind: Literal["native", "vllm", "emulated"] = "native"
     """`native` runs the model; `emulated` answers in the real protocol without one, for load tests of the rest."""
     device: str = "cpu"
     """Torch device of the worker: `cpu` or `cuda`."""

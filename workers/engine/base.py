@@ -115,6 +115,22 @@ class StepOutput:
     seconds: float = 0.0
 
 
+class LayerSink(Protocol):
+    """Takes a prompt's KV layer by layer, while the step that computes it still runs; called on the engine's thread."""
+
+    @property
+    def first_block(self) -> int:
+        """Earlier blocks are not wanted."""
+        ...
+
+    def take(self, layer: int, first_block: int, kv: torch.Tensor) -> None:
+        """`kv` [1, n, 2, kv_heads, block_size, head_dim] is one layer of the blocks first_block.., and the sink's own.
+
+        Layers come in order; the last one completes the blocks.
+        """
+        ...
+
+
 class Engine(Protocol):
     """One model on one accelerator. Not thread-safe: one thread calls it."""
 
