@@ -27,6 +27,7 @@ class Journey:
     pauses: int = 0  # in a row, without a place
     without_place_since: float = 0.0
     kv_from: WorkerId | None = None  # the prefill worker whose KV is on its way
+    kv_lost: bool = False  # the prefill worker failed, and the verify worker computes what has not come
     failures: int = 0
     split_reason: str = ""
     prefill_worker: str = ""
@@ -48,6 +49,7 @@ class Journey:
         A worker may still be sending tokens of an earlier attempt when it is given a new one; the id tells them apart.
         """
         self.attempts += 1
+        self.kv_lost = False
         return replace(self.request.resumed(self.sent), id=f"{self.request.id}#{self.attempts}")
 
     def prefilled(self, event: Prefilled | None, now: float) -> None:

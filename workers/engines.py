@@ -17,11 +17,16 @@ EngineFactory = Callable[[Settings, Role], Engine]
 
 
 def make_engine(settings: Settings, role: Role) -> Engine:
-    """Raises ModelFolderError, TokenizerError or NoCompiler, each with what to do."""
+    """Raises ModelFolderError, TokenizerError or NoCompiler, each with what to do; for vLLM whatever that raises."""
     model = settings.draft if role is Role.DRAFT else settings.target
     if model is None:
         raise ValueError("a draft worker needs the setting draft.path")
     torch.set_num_threads(settings.engine.threads)
+    if settings.engine.kind == "vllm" and role is not Role.DRAFT:
+        from workers.engine.vllm.engine import VllmEngine  # noqa: PLC0415 - seconds, and not in every environment
+
+        speculates = settings.speculation.enabled and settings.draft is not None
+        return VllmEngine.from_folder(model.path, settings.engine, settings.speculation.max_depth * speculates)
     if settings.engine.kind == "emulated":
         tokenizer = load_tokenizer(model.path)
         config = read_config(model.path)

@@ -56,7 +56,7 @@ class KvLayout:
 class EngineInfo:
     """What an engine serves."""
 
-    kind: str  # "native", "emulated"
+    kind: str  # "native", "vllm", "emulated"
     vocab_size: int
     context_length: int
     eos_token_ids: frozenset[int]
@@ -144,8 +144,12 @@ class Engine(Protocol):
         """
         ...
 
-    def prefill(self, request: Request) -> None:
-        """Compute the KV of `request.kv_tokens` tokens, report progress, then hold. Raises RequestTooLong."""
+    def prefill(self, request: Request, sink: LayerSink | None = None) -> None:
+        """Compute the KV of `request.kv_tokens` tokens, report progress, then hold. Raises RequestTooLong.
+
+        An engine that can look into its steps hands each layer of the blocks a step completes to `sink`; blocks that
+        no sink took are there for `export_kv` afterwards.
+        """
         ...
 
     def follow(self, request_id: str, output: Sequence[int]) -> None:
@@ -180,15 +184,17 @@ class Engine(Protocol):
         """
         ...
 
-    def import_kv(self, request_id: str, first_block: int, kv: torch.Tensor) -> None:
-        """Copy `kv` [layers, n, 2, kv_heads, block_size, head_dim] into blocks first_block.. of a RECEIVING sequence.
+    def import_kv(self, request_id: str, first_block: int, kv: torch.Tensor, first_layer: int = 0) -> None:
+        """Copy `kv` [layers, n, 2, kv_heads, block_size, head_dim] into blocks first_block.. of a RECEIVING sequence,
+        layers first_layer.. of them.
 
         Raises KeyError if unknown, ValueError on a shape or range that does not fit.
         """
         ...
 
-    def activate(self, request_id: str) -> None:
-        """All KV of a RECEIVING sequence came: decode it until it finishes."""
+    def activate(self, request_id: str, end_block: int | None = None) -> None:
+        """KV of a RECEIVING sequence came, all of it or that of the blocks before `end_block`: compute what is missing
+        and decode it until it finishes."""
         ...
 
     def export_kv(self, request_id: str, first_block: int, end_block: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ class KvBlocks:
     """All layers' blocks. The tensors are vLLM's."""
 
     def __init__(self, layers: Mapping[str, Tensor], num_blocks: int, block_size: int, kernel: str) -> None:
-        """`num_blocks`: of each tensor. Raises ValueError if the tensors are not such as can be moved block by block."""
+        """`num_blocks`: of each tensor. Raises ValueError if they cannot be moved block by block."""
         self.names = tuple(layers)
         self._layers = [_blocks_first(tensor, num_blocks) for tensor in layers.values()]
         first = self._layers[0]
@@ -50,7 +50,7 @@ class KvBlocks:
         return tensor.index_select(0, rows).contiguous().view(1, len(blocks), *self._shape).cpu()
 
     def put(self, blocks: Sequence[int], kv: Tensor, first_layer: int = 0) -> None:
-        """Copy `kv` [layers, n, ...] into these blocks of layers first_layer... Raises ValueError if it does not fit."""
+        """Copy `kv` [layers, n, ...] into blocks of the layers from `first_layer` on. Raises ValueError if it does not fit."""
         layers = self._layers[first_layer : first_layer + kv.shape[0]]
         fits = len(layers) == kv.shape[0] and tuple(kv.shape[1:]) == (len(blocks), *self._shape)
         if not fits or kv.dtype != layers[0].dtype:

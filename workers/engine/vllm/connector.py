@@ -1,4 +1,4 @@
-"""vLLM's KV connector: which requests wait for KV from elsewhere, which keep theirs, and what is sent while a step runs.
+"""vLLM's KV connector: who waits for KV from elsewhere, who keeps its own, and what leaves while a step runs.
 
 vLLM makes two of them, one beside its scheduler and one beside its model; all they have in common travels from the
 first to the second in each step's metadata. Both live on the engine's thread. The blocks are vLLM's: this says when a

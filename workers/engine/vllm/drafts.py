@@ -16,10 +16,10 @@ def best_chain(tree: TokenTree, longest: int) -> list[int]:
         if rival is None or (tree.chances and tree.chances[node] > tree.chances[rival]):
             best[parent] = node
     chain: list[int] = []
-    node = best.get(ROOT)
-    while node is not None and len(chain) < longest:
+    node = ROOT
+    while node in best and len(chain) < longest:
+        node = best[node]
         chain.append(tree.tokens[node])
-        node = best.get(node)
     return chain
 
 

@@ -56,7 +56,7 @@ class VllmEngine:
         self._vllm: LLMEngine = start_vllm(folder, settings, longest_draft)
         self._tokenizer = tokenizer
         self._longest_draft = longest_draft
-        core = self._vllm.engine_core.engine_core  # type: ignore[attr-defined]
+        core = self._vllm.engine_core.engine_core
         self._scheduler: TidemillScheduler = core.scheduler
         self._connector: TidemillConnector = core.scheduler.get_kv_connector()  # beside the scheduler
         beside_model = get_kv_transfer_group()

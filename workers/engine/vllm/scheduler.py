@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.request_queue import create_request_queue
+from vllm.v1.core.sched.request_queue import RequestQueue, create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import DraftTokenIds
-from vllm.v1.request import RequestStatus
+from vllm.v1.request import Request, RequestStatus
 
 
 class TidemillScheduler(Scheduler):
@@ -51,7 +51,9 @@ class TidemillScheduler(Scheduler):
 
     def _schedule_aside(self) -> SchedulerOutput:
         """All but the request to admit are out of sight meanwhile, so that it waits for none of them."""
-        running, waiting, holding = self.running, self.waiting, self.kv_holding_waiting
+        running: list[Request] = self.running
+        waiting: RequestQueue = self.waiting
+        holding: RequestQueue = self.kv_holding_waiting
         load = self.requests.get(self._admit) if self._admit is not None else None
         self.running = []
         self.waiting, self.kv_holding_waiting = create_request_queue(self.policy), create_request_queue(self.policy)

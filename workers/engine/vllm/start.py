@@ -10,12 +10,12 @@ os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-from vllm.config import KVTransferConfig, ModelConfig  # noqa: E402 - after the above
-from vllm.engine.arg_utils import EngineArgs  # noqa: E402
-from vllm.v1.engine.llm_engine import LLMEngine  # noqa: E402
+from vllm.config import KVTransferConfig, ModelConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.engine.llm_engine import LLMEngine
 
-from tidemill.core.settings import EngineSettings  # noqa: E402
-from workers.engine.vllm import cpu_fix  # noqa: E402
+from tidemill.core.settings import EngineSettings
+from workers.engine.vllm import cpu_fix
 
 HERE = "workers.engine.vllm"
 
@@ -60,8 +60,10 @@ def start_vllm(folder: Path, settings: EngineSettings, longest_draft: int) -> LL
 def eos_token_ids(model: ModelConfig) -> frozenset[int]:
     """Of the model's config and its generation_config.json."""
     generation = model.try_get_generation_config()
-    found = (getattr(model.hf_text_config, "eos_token_id", None), generation.get("eos_token_id"))
-    return frozenset(token for each in found for token in (each if isinstance(each, list) else [each]) if token is not None)
+    found: set[int] = set()
+    for named in (getattr(model.hf_text_config, "eos_token_id", None), generation.get("eos_token_id")):
+        found.update(named if isinstance(named, list) else [] if named is None else [named])
+    return frozenset(found)
 
 
 def _speculation(longest_draft: int, running: int) -> dict[str, object]:
