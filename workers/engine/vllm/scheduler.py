@@ -16,6 +16,11 @@ class TidemillScheduler(Scheduler):
     frees what finished transfers held. All of it runs on the engine's thread.
     """
 
+    # vLLM's own; declared since it is not typed where Tidemill is checked.
+    running: list[Request]
+    waiting: RequestQueue
+    kv_holding_waiting: RequestQueue
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.planned: SchedulerOutput | None = None  # the last step
@@ -51,9 +56,7 @@ class TidemillScheduler(Scheduler):
 
     def _schedule_aside(self) -> SchedulerOutput:
         """All but the request to admit are out of sight meanwhile, so that it waits for none of them."""
-        running: list[Request] = self.running
-        waiting: RequestQueue = self.waiting
-        holding: RequestQueue = self.kv_holding_waiting
+        running, waiting, holding = self.running, self.waiting, self.kv_holding_waiting
         load = self.requests.get(self._admit) if self._admit is not None else None
         self.running = []
         self.waiting, self.kv_holding_waiting = create_request_queue(self.policy), create_request_queue(self.policy)
