@@ -50,7 +50,7 @@ class KvBlocks:
         return tensor.index_select(0, rows).contiguous().view(1, len(blocks), *self._shape).cpu()
 
     def put(self, blocks: Sequence[int], kv: Tensor, first_layer: int = 0) -> None:
-        """Copy `kv` [layers, n, ...] into these blocks, from layer `first_layer` on. Raises ValueError if it is other KV."""
+        """Copy `kv` [layers, n, ...] into these blocks, from layer `first_layer` on. Raises ValueError if not alike."""
         layers = self._layers[first_layer : first_layer + kv.shape[0]]
         fits = len(layers) == kv.shape[0] and tuple(kv.shape[1:]) == (len(blocks), *self._shape)
         if not fits or kv.dtype != layers[0].dtype:
