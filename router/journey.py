@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from tidemill.core.lifecycle import REQUEST_MOVES, Lifecycle, RequestState
 from tidemill.core.messages import FirstToken, Prefilled, Tokens
 from tidemill.core.model import Request, WorkerId
+from tidemill.core.promises import sameness
 from tidemill.types import FinishReason, Route, Speculation, Summary, Timing
 
 
@@ -86,8 +87,8 @@ class Journey:
         """Mean seconds per output token after the first; 0 with fewer than two."""
         return (self.last_at - self.first_at) / (len(self.sent) - 1) if len(self.sent) > 1 else 0.0
 
-    def summary(self, model: str, now: float) -> Summary:
-        """For the client, once finished."""
+    def summary(self, model: str, engine: str, now: float) -> Summary:
+        """For the client, once finished. `engine`: the kind that served it."""
         assert self.finish is not None
         timing = self.timing
         return Summary(
@@ -108,4 +109,5 @@ class Journey:
             ),
             route=Route(self.prefill_worker, self.verify_worker, self.draft_worker, self.split_reason, self.failures),
             speculation=Speculation(self.verify_steps, self.drafted, self.accepted),
+            sameness=sameness(engine, self.request.sampling),
         )

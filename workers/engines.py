@@ -25,8 +25,8 @@ def make_engine(settings: Settings, role: Role) -> Engine:
     if settings.engine.kind == "vllm" and role is not Role.DRAFT:
         from workers.engine.vllm.engine import VllmEngine  # noqa: PLC0415 - seconds, and not in every environment
 
-        speculates = settings.speculation.enabled and settings.draft is not None
-        return VllmEngine.from_folder(model.path, settings.engine, settings.speculation.max_depth * speculates)
+        longest_draft = settings.speculation.max_depth if settings.speculation.enabled else 0
+        return VllmEngine.from_folder(model.path, settings.engine, longest_draft)
     if settings.engine.kind == "emulated":
         tokenizer = load_tokenizer(model.path)
         config = read_config(model.path)

@@ -134,6 +134,12 @@ def bundled_engine(models: Path, settings: EngineSettings) -> NativeEngine:
     return NativeEngine.from_folder(models / "target", settings)
 
 
+def prompt_of(count: int, seed: int = 0) -> tuple[int, ...]:
+    """A prompt."""
+    rng = random.Random(seed)
+    return tuple(rng.randrange(2, VOCABULARY) for _ in range(count))
+
+
 def random_requests(seed: int, count: int = 8, longest: int = 60) -> list[Request]:
     """Mixed lengths and parameters; some share a prefix."""
     rng = random.Random(seed)

@@ -6,7 +6,7 @@
     scheduler.py  vLLM's scheduler, which also takes drafts and admits loads between steps
     connector.py  vLLM's KV connector: whose blocks wait for KV, whose are kept, what goes out layer by layer
     blocks.py     blocks of vLLM's KV tensors as the links carry them
-    drafts.py     the likeliest chain of a token tree
+    drafts.py     why vLLM drafts nothing itself
     cpu_fix.py    the one place where vLLM is mended
 
 What vLLM offers for this, and what it cannot promise: docs/engines.md.

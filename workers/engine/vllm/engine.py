@@ -37,7 +37,6 @@ from workers.engine.base import (
 )
 from workers.engine.vllm.blocks import KvBlocks
 from workers.engine.vllm.connector import Leaving, TidemillConnector
-from workers.engine.vllm.drafts import best_chain
 from workers.engine.vllm.scheduler import TidemillScheduler
 from workers.engine.vllm.sequence import Sequence, State
 from workers.engine.vllm.start import eos_token_ids, start_vllm
@@ -203,7 +202,7 @@ class VllmEngine:
         if not all(0 <= token < self.info.vocab_size for token in draft.tree.tokens):
             return False
         room = min(sequence.room, self.info.context_length - len(sequence.tokens)) - 1  # a step yields one token anyway
-        chain = best_chain(draft.tree, min(room, self._longest_draft))
+        chain = draft.tree.best_chain(min(room, self._longest_draft))
         if not chain or not self._scheduler.propose(sequence.inner_id, chain):
             return False
         sequence.chain = chain
