@@ -26,7 +26,7 @@ def _engines() -> Iterator[None]:
 def requests(first: int) -> list[Request]:
     """Hot enough that the first choice comes half of the time or less, cold enough for common outcomes."""
     sampling = [
-        SamplingParams(max_tokens=3, temperature=1.5, top_k=6, top_p=0.95, seed=first + i, ignore_eos=True)
+        SamplingParams(max_tokens=3, temperature=1.5, top_k=3, top_p=0.95, seed=first + i, ignore_eos=True)
         for i in range(AT_ONCE)
     ]
     return [Request(f"s{first + i}", PROMPT, each) for i, each in enumerate(sampling)]

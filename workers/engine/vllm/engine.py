@@ -55,6 +55,7 @@ class VllmEngine:
         self._vllm: LLMEngine = start_vllm(folder, settings, longest_draft)
         self._tokenizer = tokenizer
         self._longest_draft = longest_draft
+        self._seeded = settings.device != "cpu"  # vLLM 0.32 cannot wind a CPU generator back after a prompt's chunk
         core = self._vllm.engine_core.engine_core
         self._scheduler: TidemillScheduler = core.scheduler
         self._connector: TidemillConnector = core.scheduler.get_kv_connector()  # beside the scheduler
@@ -118,7 +119,7 @@ class VllmEngine:
         """Hand it to vLLM. Raises ValueError for parameters vLLM does not take; then it is forgotten."""
         tokens = sequence.tokens if sequence.decodes else sequence.tokens[:-1]
         try:
-            asked = sequence.asked(self.info.eos_token_ids, transfer)
+            asked = sequence.asked(self.info.eos_token_ids, transfer, seeded=self._seeded)
             sequence.inner_id = self._vllm.add_request(sequence.request.id, {"prompt_token_ids": tokens}, asked)
         except (ValueError, VLLMClientError) as error:
             del self._sequences[sequence.request.id]

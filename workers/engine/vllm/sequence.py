@@ -41,11 +41,11 @@ class Sequence:
         """Tokens that may still be decoded, by `max_tokens`."""
         return self.request.sampling.max_tokens - (len(self.tokens) - len(self.request.prompt))
 
-    def asked(self, eos: frozenset[int], transfer: dict[str, object]) -> VllmSampling:
+    def asked(self, eos: frozenset[int], transfer: dict[str, object], *, seeded: bool) -> VllmSampling:
         """What vLLM is to do. What ends an output is told as tokens and a length; stop strings are looked for here.
 
         vLLM's noise is a generator's, not keyed by position: a request that goes on elsewhere gets another seed, or its
-        first new token would meet the noise of its first token of all.
+        first new token would meet the noise of its first token of all. Without `seeded` the noise is the process's.
         """
         wanted = self.request.sampling
         transfer_parameters = {"kv_transfer_params": transfer} if transfer else None
@@ -61,7 +61,7 @@ class Sequence:
             repetition_penalty=wanted.repetition_penalty,
             presence_penalty=wanted.presence_penalty,
             frequency_penalty=wanted.frequency_penalty,
-            seed=_seed(wanted.seed or 0, len(self.request.output)) if wanted.temperature > 0 else None,
+            seed=_seed(wanted.seed or 0, len(self.request.output)) if seeded and wanted.temperature > 0 else None,
             stop_token_ids=sorted(stops),
             ignore_eos=True,
             logprobs=wanted.logprobs,

@@ -1,6 +1,7 @@
 """Settings to a vLLM engine inside this process."""
 
 import os
+import secrets
 from pathlib import Path
 
 # vLLM reads these when it is imported. One process: no engine core and no executor of its own beside it. Several
@@ -29,6 +30,7 @@ def start_vllm(folder: Path, settings: EngineSettings, longest_draft: int) -> LL
     arguments = EngineArgs(
         model=str(folder),
         dtype=settings.dtype,
+        seed=secrets.randbits(31),  # requests on different workers must not meet the same noise
         skip_tokenizer_init=True,
         generation_config="vllm",
         block_size=settings.block_size,
