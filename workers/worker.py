@@ -19,7 +19,7 @@ from prometheus_client import start_http_server
 
 from tidemill.core.clock import SystemClock
 from tidemill.core.messages import Command, DraftCall, DraftReply
-from tidemill.core.metrics import WORKER_SERIES, Metrics
+from tidemill.core.metrics import WORKER_SERIES, Metrics, PassThrough
 from tidemill.core.model import Peer, Role, WorkerId, WorkerLoad
 from tidemill.core.settings import Settings
 from workers.engine.base import Engine
@@ -77,6 +77,7 @@ class Worker:
         self._engines = Engines(settings, engine_factory)
         self._engines.of(role)
         self.metrics = Metrics(WORKER_SERIES)
+        self.metrics.registry.register(PassThrough("vllm:"))  # what vLLM says of itself, where it is the engine
         self._mailbox = Mailbox()
         self._service = ControlService(self, host)
         self._links: LinkHost | None = None  # made with the first verify role

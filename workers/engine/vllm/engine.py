@@ -62,6 +62,8 @@ class VllmEngine:
         beside_model = get_kv_transfer_group()
         assert isinstance(beside_model, TidemillConnector)
         beside_model.on_layer = self._layer_computed
+        if len(core.scheduler.kv_cache_config.kv_cache_groups) != 1:
+            raise ValueError(f"{folder}: layers keep KV of several kinds, which cannot be handed over")
         self._pool = self._scheduler.kv_cache_manager.block_pool
         kernel = "+".join(each.get_name() for each in get_current_attn_backends(self._vllm.vllm_config))
         self._blocks = KvBlocks(beside_model.layers, self._pool.num_gpu_blocks, settings.block_size, kernel)
