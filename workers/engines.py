@@ -19,11 +19,19 @@ EngineFactory = Callable[[Settings, Role], Engine]
 
 
 def make_engine(settings: Settings, role: Role) -> Engine:
-    """Raises ModelFolderError, TokenizerError, NoCompiler or BadMeasurements, each with what to do."""
+    """Raises ModelFolderError, TokenizerError, NoCompiler or BadMeasurements, each with what to do.
+
+    For vLLM whatever that raises.
+    """
     model = settings.draft if role is Role.DRAFT else settings.target
     if model is None:
         raise ValueError("a draft worker needs the setting draft.path")
     torch.set_num_threads(settings.engine.threads)
+    if settings.engine.kind == "vllm" and role is not Role.DRAFT:
+        from workers.engine.vllm.engine import VllmEngine  # noqa: PLC0415 - seconds, and not in every environment
+
+        longest_draft = settings.speculation.max_depth if settings.speculation.enabled else 0
+        return VllmEngine.from_folder(model.path, settings.engine, longest_draft)
     if settings.engine.kind == "emulated":
         return _emulated(settings, role, model.path)
     return NativeEngine.from_folder(model.path, settings.engine)

@@ -130,9 +130,11 @@ class ProcessWorker:
         self.peer: Peer | None = None
 
     def wait(self) -> Member:
-        """Its first line says where it serves."""
+        """Its first line says where it serves, but for what vLLM prints before."""
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = b"\n"
+        while line and not line.startswith(b"{"):
+            line = self._process.stdout.readline()
         assert line, f"{self.name} did not start"
         document = json.loads(line)
         self.peer = Peer(WorkerId(self.name, document["epoch"]), document["address"])

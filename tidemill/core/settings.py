@@ -42,8 +42,9 @@ class ModelSettings(Section):
 class EngineSettings(Section):
     """How a worker's engine runs a model."""
 
-    kind: Literal["native", "emulated"] = "native"
-    """`native` runs the model; `emulated` answers in the real protocol without one; see `emulated`."""
+    kind: Literal["native", "vllm", "emulated"] = "native"
+    """`native` runs dense models; `vllm` whatever vLLM does, in prefill and verify workers (the draft model stays with
+    `native`); `emulated` answers in the real protocol without one; see `emulated`."""
     device: str = "cpu"
     """Torch device of the worker: `cpu` or `cuda`."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -275,6 +276,10 @@ class Settings(Section):
     def _consistent(self) -> "Settings":
         if self.pools.draft and self.draft is None:
             raise ValueError("pools.draft > 0 needs a `draft` model; set draft.path, or pools.draft to 0")
+        if self.engine.kind == "vllm" and self.engine.device == "cpu" and self.engine.block_size % 32:
+            raise ValueError(
+                f"engine.block_size {self.engine.block_size}: vLLM's CPU kernels need 32, 64 or 128 tokens a block"
+            )
         if "default" not in self.slo:
             raise ValueError("slo needs a class named `default`")
         if self.deadlines.lease_s < self.deadlines.prefill_s:

@@ -92,6 +92,22 @@ class TokenTree:
             chances.append(own if parent == ROOT else own * chances[parent])
         return chances
 
+    def best_chain(self, longest: int) -> list[int]:
+        """Tokens from the root on, each that of the child with the best chance, at most `longest`.
+
+        Where chances are not known the first child counts.
+        """
+        best: dict[int, int] = {}
+        for node, parent in enumerate(self.parents):
+            if parent not in best or (self.chances and self.chances[node] > self.chances[best[parent]]):
+                best[parent] = node
+        chain: list[int] = []
+        node = ROOT
+        while node in best and len(chain) < longest:
+            node = best[node]
+            chain.append(self.tokens[node])
+        return chain
+
     def subset(self, nodes: Iterable[int]) -> "TokenTree":
         """The tree of these nodes, in their order; every node's parent is among them, or is the root."""
         return self._part(sorted(set(nodes)), ROOT)
