@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.bench.command import bench
 from tidemill import Client, Message, TidemillError
 from tidemill.core.model import Role
 from tidemill.core.settings import SettingsError, load_settings
@@ -187,6 +188,9 @@ def demo(
 
         _say("reading the settings")
         run_demo(load_settings(config), requests, max_tokens, out, _say)
+
+
+app.command()(bench)
 
 
 def main() -> None:

@@ -41,7 +41,9 @@ class RouterServer:
         self._settings = settings
         self._clock = clock or SystemClock()
         self.metrics = Metrics(ROUTER_SERIES)
-        self._model = ServedModel(settings.target, settings.engine.kv_blocks * settings.engine.block_size)
+        engine = settings.engine
+        emulated = settings.emulated if engine.kind == "emulated" else None
+        self._model = ServedModel(settings.target, engine.kv_blocks * engine.block_size, emulated)
         self._telemetry = Telemetry(settings.controller.windows_s, self._clock.monotonic())
         self._pools = PoolsView(
             self._clock,

@@ -20,6 +20,7 @@ from tidemill.core.lifecycle import RequestState
 from tidemill.core.messages import Tokens
 from tidemill.core.metrics import Metrics
 from tidemill.core.model import Request
+from tidemill.core.promises import unsupported
 from tidemill.core.settings import Settings
 from tidemill.core.text import TextStream
 from tidemill.errors import (
@@ -106,6 +107,9 @@ class Servicer(InferenceServicer):
         card = self._model.card
         wire.check_prompt(prompt, card)
         sampling = wire.sampling_from_pb(message.sampling, card, len(prompt))
+        engine, drafts = self._settings.engine.kind, self._settings.speculation.enabled
+        if (fault := unsupported(engine, sampling, drafts=drafts)) is not None:
+            raise InvalidRequest(fault)
         return wire.new_request(message, prompt, sampling, self._settings.slo)
 
     # --- answers ------------------------------------------------------------------------------------------------
@@ -185,7 +189,7 @@ class Servicer(InferenceServicer):
         if journey.finish is None:
             return wire.chunk_to_pb(piece, steps)
         chunk = wire.chunk_to_pb(piece + text.finish(), steps)
-        summary = journey.summary(self._model.card.name, self._clock.monotonic())
+        summary = journey.summary(self._model.card.name, self._settings.engine.kind, self._clock.monotonic())
         chunk.summary.CopyFrom(wire.summary_to_pb(summary))
         return chunk
 

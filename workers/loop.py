@@ -18,7 +18,7 @@ from typing import Protocol
 from tidemill.core import metrics
 from tidemill.core.clock import Clock, new_epoch
 from tidemill.core.lifecycle import WORKER_MOVES, Lifecycle, WorkerState
-from tidemill.core.messages import Cancel, Command, Failed, Failure, Refusal, Refused, StepReport
+from tidemill.core.messages import Cancel, Command, Failed, Failure, Proceed, Refusal, Refused, StepReport
 from tidemill.core.metrics import Metrics
 from tidemill.core.model import Role, WorkerId, WorkerLoad
 from workers.engine.base import Engine, StepOutput
@@ -203,9 +203,9 @@ class EngineLoop:
 
     def handle(self, router: int, command: Command) -> None:
         """A router's command; what is wrong with it is answered."""
-        if isinstance(command, Cancel):
+        if isinstance(command, Cancel | Proceed):
             if self._reports.owner(command.request_id) == router:
-                self._role.cancel(command.request_id)
+                self._go_on(command)
             return
         request = command.request
         if not self._accepts:
@@ -216,6 +216,13 @@ class EngineLoop:
             self._reports.tell(router, Failed(request.id, Failure.ENGINE, "this request is here already"))
         else:
             self._take(command, request.id)
+
+    def _go_on(self, command: Cancel | Proceed) -> None:
+        """With a request that is here."""
+        if isinstance(command, Cancel):
+            self._role.cancel(command.request_id)
+        else:
+            self._take(command, command.request_id)
 
     def _take(self, command: Command, request_id: str) -> None:
         try:

@@ -19,7 +19,7 @@ from prometheus_client import start_http_server
 
 from tidemill.core.clock import SystemClock
 from tidemill.core.messages import Command, DraftCall, DraftReply
-from tidemill.core.metrics import WORKER_SERIES, Metrics
+from tidemill.core.metrics import WORKER_SERIES, Metrics, PassThrough
 from tidemill.core.model import Peer, Role, WorkerId, WorkerLoad
 from tidemill.core.settings import Settings
 from workers.engine.base import Engine
@@ -82,6 +82,7 @@ class Worker:
         if role is not Role.DRAFT and settings.speculation.enabled and settings.speculation.adaptive:
             measure_steps(engine, self._step_times)
         self.metrics = Metrics(WORKER_SERIES)
+        self.metrics.registry.register(PassThrough("vllm:"))  # what vLLM says of itself, where it is the engine
         self._mailbox = Mailbox()
         self._service = ControlService(self, host)
         self._links: LinkHost | None = None  # made with the first verify role

@@ -14,7 +14,6 @@ from functools import lru_cache
 
 from cluster.policy.rebalance import Memory, RebalanceConfig, RoleChange, Situation, rebalance
 from cluster.sim.events import EventLoop
-from cluster.sim.latency import LatencyModel, opt_13b
 from cluster.sim.traffic import Arrival
 from cluster.sim.worker import Hardware, Sequence, SimWorker, Stepped
 from router.journey import Journey
@@ -26,6 +25,7 @@ from router.telemetry import NOTHING, Telemetry
 from tidemill.core.messages import FirstToken, Prefilled, Tokens
 from tidemill.core.model import PoolSnapshot, Request, Role, SloClass
 from tidemill.types import FinishReason, SamplingParams
+from workers.engine.latency import OPT_13B, LatencyModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class SimConfig:
     roles: Items[Role]
     slo: SloClass = SloClass("default", 1.0, 0.05)
     hardware: Hardware = Hardware()
-    latency: LatencyModel = opt_13b
+    latency: LatencyModel = OPT_13B
     rebalance: RebalanceConfig | None = None  # None: roles stay
     drafts: bool = False  # a draft model is there
     windows_s: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 90.0)

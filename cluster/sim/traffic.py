@@ -1,11 +1,10 @@
-"""Requests as they arrive: made by a seeded generator, or read from a trace."""
+"""Requests as they arrive: made by a seeded generator, or taken from a trace."""
 
-import csv
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
-from pathlib import Path
+
+from cluster.bench.arrivals import TraceEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +46,6 @@ def square_wave(mixes: tuple[Mix, ...], phase_s: float, phases: int, seed: int) 
     ]
 
 
-def azure_trace(path: Path, *, speedup: float = 1.0, limit: int | None = None) -> list[Arrival]:
-    """The Azure LLM inference trace 2023: columns TIMESTAMP, ContextTokens, GeneratedTokens.
-
-    Raises OSError, KeyError or ValueError if it is none.
-    """
-    arrivals: list[Arrival] = []
-    with path.open(newline="", encoding="utf-8") as file:
-        first: datetime | None = None
-        for row in csv.DictReader(file):
-            at = datetime.fromisoformat(row["TIMESTAMP"])
-            first = first or at
-            at_s = (at - first).total_seconds() / speedup
-            arrivals.append(Arrival(at_s, int(row["ContextTokens"]), max(int(row["GeneratedTokens"]), 1)))
-            if len(arrivals) == limit:
-                break
-    return arrivals
+def from_trace(entries: Iterable[TraceEntry], *, speedup: float = 1.0) -> list[Arrival]:
+    """A recorded service's requests, as many times as fast."""
+    return [Arrival(each.at_s / speedup, each.prompt_tokens, each.output_tokens) for each in entries]

@@ -5,10 +5,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from cluster.sim.latency import LatencyModel, StepWork
 from router.journey import Journey
 from router.telemetry import NOTHING, Counted
 from tidemill.core.model import Peer, Role, WorkerId, WorkerLoad, WorkerSnapshot
+from workers.engine.latency import LatencyModel, StepWork
 
 
 @dataclass(frozen=True, slots=True)

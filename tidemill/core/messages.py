@@ -39,7 +39,8 @@ class Lease:
     """KV blocks a verify worker holds for a request whose KV will come from elsewhere.
 
     Owner and only party that frees: the engine thread of the worker in `holder`. Blocks before `first_block` were
-    found in its prefix cache and are not sent. A lease ends as committed (all blocks came), aborted or expired.
+    found in its prefix cache and are not sent. A lease ends as committed (all blocks came), cut (the holder computes
+    what did not come), aborted or expired.
     """
 
     id: int
@@ -85,7 +86,17 @@ class Cancel:
     request_id: str
 
 
-Command = Reserve | Submit | Prefill | Cancel
+@dataclass(frozen=True, slots=True)
+class Proceed:
+    """No more KV will come for a reserved request: compute what is missing and decode it. Answer: tokens.
+
+    Nothing happens if all of it came, or the verify worker has found out by itself.
+    """
+
+    request_id: str
+
+
+Command = Reserve | Submit | Prefill | Cancel | Proceed
 
 
 # --- worker -> router -------------------------------------------------------------------------------------------

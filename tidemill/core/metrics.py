@@ -4,10 +4,13 @@ Router and workers make a `Metrics` each and serve it for Prometheus. Labels are
 SLO classes of the settings; never request ids, tenants or prompts.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 
 class Kind(StrEnum):
@@ -229,3 +232,13 @@ class Metrics:
             collector = self._collectors[series.name]
             found = self._children[key] = collector.labels(**labels) if labels else collector
         return found
+
+
+class PassThrough(Collector):
+    """Series that a library keeps in Prometheus' own registry, by how their names begin."""
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def collect(self) -> Iterator[Metric]:
+        return (each for each in REGISTRY.collect() if each.name.startswith(self._prefix))

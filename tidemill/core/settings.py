@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+Cost = Annotated[float, Field(ge=0)]  # seconds
 
 
 class SettingsError(ValueError):
@@ -42,8 +43,9 @@ class ModelSettings(Section):
 class EngineSettings(Section):
     """How a worker's engine runs a model."""
 
-    kind: Literal["native", "emulated"] = "native"
-    """`native` runs the model; `emulated` answers in the real protocol without one, for load tests of the rest."""
+    kind: Literal["native", "vllm", "emulated"] = "native"
+    """`native` runs dense models; `vllm` whatever vLLM does, in prefill and verify workers (the draft model stays with
+    `native`); `emulated` answers in the real protocol without one; see `emulated`."""
     device: str = "cpu"
     """Torch device of the worker: `cpu` or `cuda`."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -64,6 +66,52 @@ class EngineSettings(Section):
     """Sequences waiting for blocks; more are refused."""
     prefix_cache: bool = True
     """Keep the KV of full blocks after a request ends and reuse it for equal prefixes."""
+
+
+class LatencySettings(Section):
+    """How long a step takes. Coefficients in seconds; with all of them 0 a step takes no time of its own."""
+
+    model: Literal["linear", "fitted", "opt-13b"] = "linear"
+    """`linear`: the coefficients given here; `fitted`: those that fit the steps in `measured` best; `opt-13b`: what
+    DistServe measured for OPT-13B on one A100 with 80 GB."""
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    """Every step takes so many times as long; more than 1 lets a small machine keep up with many workers."""
+    step_s: Cost = 0.0
+    """`linear`: of every step."""
+    prefill_token_s: Cost = 0.0
+    """`linear`: of each prompt token."""
+    prefill_square_s: Cost = 0.0
+    """`linear`: of each token squared, summed over prompts: attention among a prompt's own tokens."""
+    decode_row_s: Cost = 0.0
+    """`linear`: of each sequence that decodes."""
+    context_token_s: Cost = 0.0
+    """`linear`: of each token these sequences attend to."""
+    drafted_row_s: Cost = 0.0
+    """`linear`: of each drafted token that is verified."""
+    measured: Path | None = None
+    """`fitted`: CSV file of measured steps, as `python -m benchmarks.step_times` writes it."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LatencySettings":
+        if (self.model == "fitted") is not (self.measured is not None):
+            raise ValueError("`model: fitted` and `measured`, a file of measured steps, need each other")
+        return self
+
+
+class EmulatedSettings(Section):
+    """What the emulated engine pretends to run. Of the models' folders only config.json and the tokenizer are read."""
+
+    target: LatencySettings = LatencySettings()
+    """Of prefill and verify workers."""
+    draft: LatencySettings = LatencySettings()
+    """Of draft workers."""
+    agreement: Annotated[float, Field(ge=0.1, le=1)] = 1.0
+    """Share of positions at which the draft's first choice is the target's token, at temperature 0. The second choice
+    is right in the same share of the others, and so on."""
+    vocab_size: Annotated[int | None, Field(ge=64)] = None
+    """Tokens there are; none: as in config.json. With fewer than the tokenizer's, texts may be refused."""
+    context_length: Annotated[int | None, Field(gt=0)] = None
+    """Most tokens of a request; none: as in config.json."""
 
 
 class PoolSettings(Section):
@@ -257,6 +305,8 @@ class Settings(Section):
     draft: ModelSettings | None = None
     """Needed with `pools.draft > 0`."""
     engine: EngineSettings = EngineSettings()
+    emulated: EmulatedSettings = EmulatedSettings()
+    """Used with `engine.kind: emulated`."""
     pools: PoolSettings = PoolSettings()
     router: RouterSettings = RouterSettings()
     split: SplitSettings = SplitSettings()
@@ -272,6 +322,10 @@ class Settings(Section):
     def _consistent(self) -> "Settings":
         if self.pools.draft and self.draft is None:
             raise ValueError("pools.draft > 0 needs a `draft` model; set draft.path, or pools.draft to 0")
+        if self.engine.kind == "vllm" and self.engine.device == "cpu" and self.engine.block_size % 32:
+            raise ValueError(
+                f"engine.block_size {self.engine.block_size}: vLLM's CPU kernels need 32, 64 or 128 tokens a block"
+            )
         if "default" not in self.slo:
             raise ValueError("slo needs a class named `default`")
         if self.deadlines.lease_s < self.deadlines.prefill_s:
@@ -326,6 +380,9 @@ def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
     def rooted(model: ModelSettings | None) -> ModelSettings | None:
         return model and model.model_copy(update={"path": (base / model.path).resolve()})
 
+    def rooted_latency(latency: LatencySettings) -> LatencySettings:
+        return latency.model_copy(update={"measured": latency.measured and base / latency.measured})
+
     router = settings.router
     tls = router.tls and router.tls.model_copy(
         update={
@@ -339,6 +396,9 @@ def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
         update={
             "target": rooted(settings.target),
             "draft": rooted(settings.draft),
+            "emulated": settings.emulated.model_copy(
+                update={each: rooted_latency(getattr(settings.emulated, each)) for each in ("target", "draft")}
+            ),
             "router": router.model_copy(update={"tls": tls, "token_file": token_file}),
         }
     )

@@ -28,7 +28,7 @@ class Shape:
 
     def times(self, rounds: int) -> "Shape":
         """Room for this much more than once: after each round comes a token that the target chose alone."""
-        return Shape(self.depth * rounds + rounds - 1, self.width, self.nodes * rounds)
+        return Shape(self.depth * rounds + rounds - 1, self.width, self.nodes * (1 + 3 * (rounds - 1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,22 @@ class TokenTree:
             own = self.chances[node] if self.chances else 1.0
             chances.append(own if parent == ROOT else own * chances[parent])
         return chances
+
+    def best_chain(self, longest: int) -> list[int]:
+        """Tokens from the root on, each that of the child with the best chance, at most `longest`.
+
+        Where chances are not known the first child counts.
+        """
+        best: dict[int, int] = {}
+        for node, parent in enumerate(self.parents):
+            if parent not in best or (self.chances and self.chances[node] > self.chances[best[parent]]):
+                best[parent] = node
+        chain: list[int] = []
+        node = ROOT
+        while node in best and len(chain) < longest:
+            node = best[node]
+            chain.append(self.tokens[node])
+        return chain
 
     def subset(self, nodes: Iterable[int]) -> "TokenTree":
         """The tree of these nodes, in their order; every node's parent is among them, or is the root."""

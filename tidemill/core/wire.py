@@ -19,6 +19,7 @@ from tidemill.core.messages import (
     LeaseGranted,
     Prefill,
     Prefilled,
+    Proceed,
     Refusal,
     Refused,
     Reserve,
@@ -121,6 +122,8 @@ def command_to_pb(command: Command) -> pb.Command:
             return pb.Command(prefill=pb.Prefill(request=request_to_pb(request), lease=lease_to_pb(lease)))
         case Cancel(request_id):
             return pb.Command(cancel=pb.Cancel(request_id=request_id))
+        case Proceed(request_id):
+            return pb.Command(proceed=pb.Proceed(request_id=request_id))
 
 
 def command_from_pb(message: pb.Command) -> Command:
@@ -139,6 +142,8 @@ def command_from_pb(message: pb.Command) -> Command:
             return Prefill(request_from_pb(message.prefill.request), lease_from_pb(message.prefill.lease))
         case "cancel":
             return Cancel(message.cancel.request_id)
+        case "proceed":
+            return Proceed(message.proceed.request_id)
         case kind:
             raise ValueError(f"unknown command {kind!r}: router and worker are of different releases")
 

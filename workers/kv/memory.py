@@ -42,7 +42,8 @@ class _MemoryEnd:
         receiver = self._receivers.get(self._to)
         if self._closed or receiver is None:
             raise LinkError(f"{self._to} is gone")
-        receiver(Arrival(self._name, self._me, message.lease_id, message.first_block, message.kv.clone()))
+        kv, layer = message.kv.clone(), message.first_layer
+        receiver(Arrival(self._name, self._me, message.lease_id, message.first_block, kv, layer))
 
     def close(self) -> None:
         if not self._closed:

@@ -24,8 +24,8 @@ from workers.kv.staging import Staging
 
 SENDER, RECEIVER = 0, 1
 HEADER_TAG, PAYLOAD_TAG = 0, 1
-HEADER_WORDS = 4  # lease id, first block, blocks, protocol version
-VERSION = 1
+HEADER_WORDS = 6  # lease id, first block, blocks, first layer, layers, protocol version
+VERSION = 2
 IDLE_S = 600.0  # a receiver gives up a link that is silent for so long; senders close theirs long before
 BUFFERS = 2  # of each link: one being received into, one being copied from
 MAX_LINKS_PER_SENDER = 4  # more than one only while broken ones linger
@@ -143,11 +143,12 @@ class _Incoming:
     def _receive(self, pair: Pair) -> Arrival:
         header = torch.zeros(HEADER_WORDS, dtype=torch.int64, device=pair.device)
         pair.receive(header, HEADER_TAG, IDLE_S)
-        lease_id, first_block, blocks, version = header.tolist()
-        if version != VERSION or not 0 < blocks <= MAX_BLOCKS:
-            raise LinkError(f"header {header.tolist()} is not of protocol {VERSION}")
+        lease_id, first_block, blocks, first_layer, layers, version = header.tolist()
         layout = self._host.layout
-        shape = (layout.layers, blocks, 2, layout.kv_heads, layout.block_size, layout.head_dim)
+        fits = 0 < blocks <= MAX_BLOCKS and 0 <= first_layer < first_layer + layers <= layout.layers
+        if version != VERSION or not fits:
+            raise LinkError(f"header {header.tolist()} is not of protocol {VERSION}")
+        shape = (layers, blocks, 2, layout.kv_heads, layout.block_size, layout.head_dim)
         dtype: torch.dtype = getattr(torch, layout.dtype)
         nbytes = math.prod(shape) * dtype.itemsize
         if pair.is_nccl:
@@ -162,7 +163,7 @@ class _Incoming:
         pair.receive(buffer[:nbytes], PAYLOAD_TAG)
         seconds = time.perf_counter() - started
         kv = buffer[:nbytes].view(dtype).view(shape)
-        return Arrival(self.name, str(self.sender), lease_id, first_block, kv, seconds, done=done)
+        return Arrival(self.name, str(self.sender), lease_id, first_block, kv, first_layer, seconds, done=done)
 
 
 class TorchSendingEnd:
@@ -181,7 +182,9 @@ class TorchSendingEnd:
 
     def send(self, message: KvMessage) -> None:
         device = self._pair.device
-        header = torch.tensor([message.lease_id, message.first_block, message.kv.shape[1], VERSION], device=device)
+        layers, blocks = message.kv.shape[:2]
+        words = [message.lease_id, message.first_block, blocks, message.first_layer, layers, VERSION]
+        header = torch.tensor(words, device=device)
         self._pair.send(header, HEADER_TAG)
         self._pair.send(_as_bytes(message.kv.to(device)), PAYLOAD_TAG)
 

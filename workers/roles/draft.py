@@ -10,7 +10,7 @@ agree. Its words change the speed of a request, never its tokens.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from tidemill.core.messages import Cancel, Command, Draft, DraftAsk, DraftCall, DraftReply, Failure, Refusal
+from tidemill.core.messages import Cancel, Command, Draft, DraftAsk, DraftCall, DraftReply, Failure, Proceed, Refusal
 from tidemill.core.model import Request, Role
 from tidemill.core.settings import Settings
 from tidemill.core.tree import ROOT, Shape, prefix_hash
@@ -179,7 +179,7 @@ class DraftRole:
     # --- WorkerRole ---------------------------------------------------------------------------------------------
 
     def handle(self, command: Command, now: float) -> None:
-        if isinstance(command, Cancel):
+        if isinstance(command, Cancel | Proceed):
             self._outbox.forget(command.request_id)
         else:
             refuse(self._outbox, command.request.id, Refusal.WRONG_ROLE)

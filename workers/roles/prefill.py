@@ -8,8 +8,10 @@ computed.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tidemill.core import metrics
-from tidemill.core.messages import Cancel, Command, Failure, Lease, Prefill, Prefilled, Refusal
+from tidemill.core.messages import Cancel, Command, Failure, Lease, Prefill, Prefilled, Proceed, Refusal
 from tidemill.core.metrics import Metrics
 from tidemill.core.model import Peer, Request, Role, WorkerId
 from tidemill.core.settings import Settings
@@ -36,6 +38,7 @@ class Job:
     started_at: float | None = None
     computed: bool = False  # its own blocks are free; copies may still be with the link
     unsent: int = 0  # messages with the link
+    by_layer: bool = False  # the blocks from `next_block` on are being handed over while the step runs
 
 
 @dataclass(slots=True, eq=False)
@@ -44,6 +47,21 @@ class Link:
 
     feeder: Feeder
     used_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """A job's workers.engine.base.LayerSink."""
+
+    role: "PrefillRole"
+    job: Job
+
+    @property
+    def first_block(self) -> int:
+        return self.job.lease.first_block
+
+    def take(self, layer: int, first_block: int, kv: Tensor) -> None:
+        self.role.send_layer(self.job, layer, first_block, kv)
 
 
 class PrefillRole:
@@ -78,6 +96,8 @@ class PrefillRole:
                 self._start(request, lease, now)
             case Cancel(request_id):
                 self.cancel(request_id)
+            case Proceed():
+                pass  # for verify workers
             case _:
                 refuse(self._outbox, command.request.id, Refusal.WRONG_ROLE)
 
@@ -88,13 +108,14 @@ class PrefillRole:
         if lease.end_block != blocks or not 0 <= lease.first_block < blocks:
             what = f"the lease is for blocks {lease.first_block}..{lease.end_block} of {blocks}"
             return fail(self._outbox, request.id, Failure.ENGINE, what)
+        job = Job(request, lease, now, lease.first_block)
         try:
-            self._engine.prefill(request)
+            self._engine.prefill(request, _Layers(self, job))
         except RequestTooLong:
             return refuse(self._outbox, request.id, Refusal.TOO_LONG)
         except ValueError as error:
             return fail(self._outbox, request.id, Failure.ENGINE, str(error))
-        self._jobs[request.id] = Job(request, lease, now, lease.first_block)
+        self._jobs[request.id] = job
         self._link_to(lease.holder, now).feeder.prepare()
 
     def cancel(self, request_id: str) -> None:
@@ -156,6 +177,20 @@ class PrefillRole:
             feeder.put(KvMessage(job.lease.id, job.request.id, job.next_block, kv))
             job.next_block = until
             job.unsent += 1
+
+    def send_layer(self, job: Job, layer: int, first_block: int, kv: Tensor) -> None:
+        """Within a step: a layer of blocks that the step completes. They are exported afterwards unless the first layer
+        is sent now; then all of them are."""
+        link = self._links.get(job.lease.holder.id)
+        if link is None or first_block != job.next_block:
+            return
+        if layer == 0:
+            job.by_layer = link.feeder.backlog_bytes < LINK_BACKLOG_BYTES
+        if job.by_layer:
+            link.feeder.put(KvMessage(job.lease.id, job.request.id, first_block, kv, layer))
+            job.unsent += 1
+            if layer == self._engine.info.kv.layers - 1:
+                job.next_block += kv.shape[1]
 
     def _end_if_sent(self, job: Job) -> None:
         if job.computed and job.unsent == 0:

@@ -96,7 +96,7 @@ def _heap(tree: TokenTree, done: Container[int], shape: Shape) -> list[int]:
     """Only a node that is worth sending itself is worth children; the best few at a time, to share a step."""
     chances, depths = tree.path_chances(), tree.depths()
     wanted = [node for node in likeliest(tree, shape) if depths[node] < shape.depth and node not in done]
-    return _best(wanted, chances, shape.width)
+    return _best(wanted, chances, 3 if shape.depth <= 8 else 8)
 
 
 def _best(nodes: Sequence[int], chances: Sequence[float], count: int) -> list[int]:

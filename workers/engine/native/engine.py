@@ -21,6 +21,7 @@ from workers.engine.base import (
     EngineInfo,
     GrowingTree,
     KvLayout,
+    LayerSink,
     OutOfBlocks,
     RequestTooLong,
     Reservation,
@@ -108,7 +109,8 @@ class NativeEngine:
     def submit(self, request: Request) -> None:
         self._scheduler.wait(self._new_sequence(request, decodes=True))
 
-    def prefill(self, request: Request) -> None:
+    def prefill(self, request: Request, sink: LayerSink | None = None) -> None:
+        """A step is one call of its kernels, so layers cannot be handed out within it."""
         self._scheduler.wait(self._new_sequence(request, decodes=False))
 
     def _new_sequence(self, request: Request, *, decodes: bool) -> Sequence:
@@ -176,17 +178,19 @@ class NativeEngine:
         sequence.kv.grow(request.kv_tokens)
         return Reservation(first, len(sequence.kv.blocks))
 
-    def import_kv(self, request_id: str, first_block: int, kv: Tensor) -> None:
+    def import_kv(self, request_id: str, first_block: int, kv: Tensor, first_layer: int = 0) -> None:
         table, count = self._receiving(request_id).kv, kv.shape[1]
         if first_block < table.published or first_block + count > len(table.blocks):
             raise ValueError(f"blocks {first_block}..{first_block + count} are not among those reserved")
-        if kv.shape[2:] != self._kv.shape[2:] or kv.shape[0] != self._kv.shape[0] or kv.dtype != self._kv.dtype:
+        layers = self._kv[first_layer : first_layer + kv.shape[0]]
+        if kv.shape[2:] != layers.shape[2:] or kv.shape[0] != layers.shape[0] or kv.dtype != layers.dtype:
             raise ValueError(f"KV is {tuple(kv.shape)} {kv.dtype}, expected blocks of {self.info.kv}")
-        self._kv[:, list(table.blocks[first_block : first_block + count])] = kv.to(self._kv.device)
+        layers[:, list(table.blocks[first_block : first_block + count])] = kv.to(self._kv.device)
 
-    def activate(self, request_id: str) -> None:
+    def activate(self, request_id: str, end_block: int | None = None) -> None:
         sequence = self._receiving(request_id)
-        sequence.kv.advance(sequence.tokens, sequence.request.kv_tokens)
+        came = sequence.request.kv_tokens if end_block is None else end_block * self._block_size
+        sequence.kv.advance(sequence.tokens, max(min(came, sequence.request.kv_tokens), sequence.kv.computed))
         self._scheduler.run(sequence)
 
     def _receiving(self, request_id: str) -> Sequence:
@@ -307,7 +311,7 @@ class NativeEngine:
 
     def _successors_in(self, piece: Slice, root: int, logits: Floats) -> tuple[Successors, ...]:
         """`logits` [1 + nodes, vocabulary] of the root's row and the nodes'."""
-        likeliest = likeliest_tokens(logits, self._successors)
+        likeliest = likeliest_tokens(logits, self._successors).tolist()
         tokens = [root, *(piece.draft.tokens[node] for node in piece.nodes)]
         return tuple((token, tuple(after)) for token, after in zip(tokens, likeliest, strict=True))
 
