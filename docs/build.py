@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from tidemill.core.metrics import ROUTER_SERIES, WORKER_SERIES, Series
+from tidemill.core.metrics import CONTROLLER_SERIES, ROUTER_SERIES, WORKER_SERIES, Series
 from tidemill.core.settings import Settings
 
 HERE = Path(__file__).parent
@@ -59,9 +59,9 @@ def metrics_page() -> str:
         "# Metrics",
         "",
         NOTE,
-        "Served for Prometheus by the router and by each worker; `tidemill status` shows where.",
+        "Served for Prometheus by the router, each worker and the controller; `tidemill status` shows where.",
     ]
-    for title, series in (("Router", ROUTER_SERIES), ("Workers", WORKER_SERIES)):
+    for title, series in (("Router", ROUTER_SERIES), ("Workers", WORKER_SERIES), ("Controller", CONTROLLER_SERIES)):
         lines += ["", f"## {title}", "| Series | Type | Labels | What it is | When it moves |", "|---|---|---|---|---|"]
         lines += [_row(each) for each in series]
     return "\n".join(lines) + "\n"

@@ -293,8 +293,15 @@ class EngineLoop:
                 pass
 
     def _carry_out(self, switch: RoleSwitch) -> None:
-        """What is left is given up under the old epoch; the new one is published with the next report."""
+        """What is left is given up under the old epoch; the new one is published with the next report. Who leaves takes
+        no more, and waits to be stopped.
+        """
         me, before = self._standing.worker, self._role.role
+        if switch.to is None:
+            self._role.give_up(Failure.STOPPING, f"{me} leaves")
+            self._publish(self._clock.monotonic())
+            switch.done.set_result(None)
+            return
         self._role.give_up(Failure.ROLE_CHANGED, f"{me} becomes a {switch.to} worker")
         self._publish(self._clock.monotonic())
         self._lifecycle.move(WorkerState.SWITCHING)

@@ -65,6 +65,14 @@ def traffic_window(windows: Sequence[Window]) -> int:
     )
 
 
+def traffic_lasts_s(windows: Sequence[Window]) -> float | None:
+    """For how long the traffic has been what it is; None if for longer than there are windows."""
+    if not windows:
+        return None
+    at = traffic_window(windows)
+    return None if at == len(windows) - 1 else windows[at].seconds
+
+
 def strictest(window: Window, goal: Callable[[Traffic], float]) -> float:
     """The smallest mean goal of a class that makes up a tenth of the requests; infinite if none came."""
     enough = max(window.all.arrived / 10, 1)
@@ -122,7 +130,8 @@ class PrefillLoad:
             return math.inf if self.busy else 0.0
         used = self.busy / workers
         calm = min(used, FULL)
-        wait_s = TAIL * self.prompt_s * calm ** (math.sqrt(2 * (workers + 1)) - 1) / (2 * workers * (1.0 - calm))
+        crowd = calm ** (math.sqrt(2.0 * (workers + 1)) - 1.0) / (2.0 * workers * (1.0 - calm))
+        wait_s = TAIL * self.prompt_s * float(crowd)
         grown_s = max(used - FULL, 0.0) * AHEAD_S
         return (self.prompt_s + wait_s + grown_s + self.backlog_s / workers + self.rest_s) / self.goal_s
 

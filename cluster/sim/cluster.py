@@ -15,7 +15,7 @@ from functools import lru_cache
 from cluster.policy.rebalance import Memory, RebalanceConfig, RoleChange, Situation, rebalance
 from cluster.sim.events import EventLoop
 from cluster.sim.traffic import Arrival
-from cluster.sim.worker import Hardware, Sequence, SimWorker, Stepped
+from cluster.sim.worker import OPT_13B_80GB, Hardware, Sequence, SimWorker, Stepped
 from router.journey import Journey
 from router.policy.admission import Admission, AdmissionLimits, admit
 from router.policy.placement import place
@@ -27,14 +27,17 @@ from tidemill.core.model import PoolSnapshot, Request, Role, SloClass
 from tidemill.types import FinishReason, SamplingParams
 from workers.engine.latency import OPT_13B, LatencyModel
 
+GOALS = SloClass("default", 1.0, 0.05)
+LIMITS = AdmissionLimits(1024, 512)
+
 
 @dataclass(frozen=True, slots=True)
 class SimConfig:
     """A cluster, its goals, and what happens to whom without delay."""
 
     roles: Items[Role]
-    slo: SloClass = SloClass("default", 1.0, 0.05)
-    hardware: Hardware = Hardware()
+    slo: SloClass = GOALS
+    hardware: Hardware = OPT_13B_80GB
     latency: LatencyModel = OPT_13B
     rebalance: RebalanceConfig | None = None  # None: roles stay
     drafts: bool = False  # a draft model is there
@@ -46,7 +49,7 @@ class SimConfig:
     drain_s: float = 5.0
     switch_s: float = 0.2  # from idle to serving in the new role
     reserve_s: float = 10.0
-    limits: AdmissionLimits = AdmissionLimits(1024, 512)
+    limits: AdmissionLimits = LIMITS
     seed: int = 0
 
 

@@ -13,7 +13,7 @@ from workers.engine.latency import LatencyModel, StepWork
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """What one worker can do. Defaults: OPT-13B on a GPU with 80 GB."""
+    """What one worker can hold and take."""
 
     kv_tokens: int = 60_000
     block_size: int = 16
@@ -23,6 +23,9 @@ class Hardware:
     drafted: int = 4  # nodes verified for a request that is drafted for
     accepted: float = 2.0  # of them, on average
     draft_max_batch: int = 16  # with more running nobody drafts
+
+
+OPT_13B_80GB = Hardware()  # a token's KV is 0.8 MB; 50 GB are left for it
 
 
 @dataclass(slots=True, eq=False)

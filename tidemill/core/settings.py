@@ -294,6 +294,8 @@ class MetricsSettings(Section):
     """Address the router's endpoint listens on."""
     router_port: Port = 0
     """0: any free port; `tidemill status` shows it. Workers always take a free port."""
+    controller_port: Port = 0
+    """0: any free port; `tidemill status` shows it."""
 
 
 class Settings(Section):
