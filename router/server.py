@@ -52,9 +52,7 @@ class RouterServer:
         )
         limits = AdmissionLimits(settings.router.max_active, settings.router.max_queued)
         self._gate = Gate(limits, self.metrics)
-        router = Router(
-            settings, self._pools, self._gate, self._telemetry, self.metrics, self._clock, random.Random()
-        )
+        router = Router(settings, self._pools, self._gate, self._telemetry, self.metrics, self._clock, random.Random())
         self._servicer = Servicer(settings, self._model, router, self._telemetry, self.metrics, self._clock)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._tasks: list[asyncio.Task[None]] = []
