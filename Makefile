@@ -63,6 +63,7 @@ bench: env $(VLLM)/.installed
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.kv_link
+	$(BIN)/python -m benchmarks.rebalance
 	$(BIN)/python -m benchmarks.router_throughput --ray-serve
 
 $(VLLM)/.installed: requirements/vllm.txt pyproject.toml
