@@ -25,8 +25,7 @@ WORKERS = 12
 PROMPTS = Mix("long prompts", 31.0, 1800, 40)
 OUTPUTS = Mix("long answers", 62.0, 150, 250)
 GOALS = SloClass("default", 1.0, 0.045)
-CHUNKS = (512, 1024, 2048)
-WARM_S = 60.0  # not counted: everything starts empty, and roles wait their first dwell
+WARM_S = 20.0  # not counted: everything starts empty, and roles wait their first dwell
 
 
 def roles(prefill: int) -> list[Role]:
@@ -43,12 +42,18 @@ def row(outcome: Outcome) -> list[str]:
     return [f"{share:.1%}" for share in shares]
 
 
+def _numbers(text: str) -> list[int]:
+    return [int(each) for each in text.split(",") if each]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--phase-s", type=float, default=120.0)
     parser.add_argument("--phases", type=int, default=4)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--load", type=float, default=1.0, help="times the arrivals")
+    parser.add_argument("--splits", default="1,2,3,4,5,6,7,8,9,10,11", help="numbers of prefill workers")
+    parser.add_argument("--chunks", default="512,1024,2048", help="budgets of chunked prefill on every worker")
     arguments = parser.parse_args()
     mixes = tuple(replace(mix, rate=mix.rate * arguments.load) for mix in (PROMPTS, OUTPUTS))
     wave = square_wave(mixes, arguments.phase_s, arguments.phases, arguments.seed)
@@ -58,10 +63,10 @@ def main() -> None:
     table = Table("prefill / verify", "wave", *(mix.name for mix in mixes), *(f"{mix.name}, alone" for mix in mixes))
     live = run(replace(base, rebalance=RebalanceConfig()), wave)
     table.add_row("live", *row(live), "", "")
-    for tokens in CHUNKS:
+    for tokens in _numbers(arguments.chunks):
         config = replace(base, roles=roles(0), hardware=replace(OPT_13B_80GB, max_batch_tokens=tokens))
         table.add_row(f"none, chunks of {tokens}", *row(run(config, wave)), "", "")
-    for prefill in range(1, WORKERS):
+    for prefill in _numbers(arguments.splits):
         config = replace(base, roles=roles(prefill))
         lone = [f"{run(config, each).attainment(since_s=WARM_S):.1%}" for each in alone]
         table.add_row(f"{prefill} / {WORKERS - prefill}", *row(run(config, wave)), *lone)
