@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+VERDICTS = 3  # likely outcomes of a round that drafts made ahead of it have room for
 ROOT = -1  # stands for the last committed token
 _PRIME, _FACTOR = (1 << 61) - 1, 0x1B873593CC9E2D51 % ((1 << 61) - 1)
 
@@ -27,8 +28,11 @@ class Shape:
     nodes: int
 
     def times(self, rounds: int) -> "Shape":
-        """Room for this much more than once: after each round comes a token that the target chose alone."""
-        return Shape(self.depth * rounds + rounds - 1, self.width, self.nodes * (1 + 3 * (rounds - 1)))
+        """Room for so many rounds, the first of which is known and the others of which follow verdicts that are not.
+
+        After each round comes a token that the target chooses alone; a further round has room for several verdicts.
+        """
+        return Shape(self.depth * rounds + rounds - 1, self.width, self.nodes * (1 + VERDICTS * (rounds - 1)))
 
 
 @dataclass(frozen=True, slots=True)
