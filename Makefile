@@ -46,9 +46,10 @@ test: lint types env
 identity: env
 	$(BIN)/python -m pytest tests/e2e/test_identity.py --all-prompts --timeout 1200
 
-# make docs: the pages that are made from declarations.
+# make docs: the pages, dashboards and rules that are made from declarations.
 docs: env
 	$(BIN)/python docs/build.py
+	$(BIN)/python -m dashboards.build
 
 # make bench: the measurements of the README, against vLLM on the same core (makes a second environment for it).
 bench: env .venv-vllm/.installed
