@@ -62,9 +62,9 @@ def metrics_page() -> str:
         "# Metrics",
         "",
         NOTE,
-        "Served for Prometheus by the router and by each worker; `tidemill status` shows where. A scrape adds `cluster`,",
-        "`component` and `worker` (see [operations.md](operations.md)). Unit 1 is a count. Beside these, each process serves",
-        "its own `process_*`, and a worker the `vllm:*` series of its engine, if that is what it runs.",
+        "Served for Prometheus by the router and by each worker; `tidemill status` shows where. A scrape adds",
+        "`cluster`, `component` and `worker` (see [operations.md](operations.md)). Unit 1 is a count. Beside these,",
+        "each process serves its own `process_*`, and a vLLM worker its engine's `vllm:*`.",
     ]
     for title, series in (("Router", ROUTER_SERIES), ("Workers", WORKER_SERIES)):
         lines += ["", f"## {title}", f"| {' | '.join(METRIC_COLUMNS)} |", "|---" * len(METRIC_COLUMNS) + "|"]

@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from prometheus_client import start_http_server
 
+from tidemill.core.channels import NodeChannels
 from tidemill.core.clock import SystemClock
 from tidemill.core.messages import Command, DraftCall, DraftReply
 from tidemill.core.metrics import WORKER_SERIES, Metrics
@@ -78,7 +79,8 @@ class Worker:
         self._engines.of(role)
         self.metrics = Metrics(WORKER_SERIES)
         self._mailbox = Mailbox()
-        self._service = ControlService(self, host)
+        self._channels = NodeChannels(settings.network.tls)
+        self._service = ControlService(self, host, self._channels)
         self._links: LinkHost | None = None  # made with the first verify role
         self._feeders: list[Outgoing] = []  # the prefill role's, which closes them; waited for at the end
         self._address = ""
@@ -89,7 +91,9 @@ class Worker:
     def start(self) -> Peer:
         """Listen, serve, and say where. Raises OSError if no port can be had."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self._metrics_server, _ = start_http_server(0, self._host, self.metrics.registry)
+        self._metrics_server, _ = start_http_server(
+            self._settings.metrics.worker_port, self._host, self.metrics.registry, **self._channels.metrics_tls
+        )
         self._address = self._service.start()
         self._loop = EngineLoop(
             self._name,
@@ -174,7 +178,7 @@ class Worker:
     def make(self, role: Role, engine: Engine, me: WorkerId, outbox: Outbox) -> WorkerRole:
         peer = Peer(me, self._address)
         if role is Role.PREFILL:
-            opener = link_opener(peer, self._host, engine.info.kv, self._settings)
+            opener = link_opener(peer, self._host, engine.info.kv, self._channels, self._settings)
 
             def feed(to: Peer, sent: Sent, failed: NotSent) -> Outgoing:
                 self._feeders = [each for each in self._feeders if not each.join(0.0)]
