@@ -76,8 +76,10 @@ class Worker:
         self._settings = settings
         self._host = host
         self._engines = Engines(settings, engine_factory)
-        self._engines.of(role)
+        engine = self._engines.of(role)
         self.metrics = Metrics(WORKER_SERIES)
+        if engine.info.kind == "vllm":
+            self.metrics.pass_through("vllm:")
         self._mailbox = Mailbox()
         self._channels = NodeChannels(settings.network.tls)
         self._service = ControlService(self, host, self._channels)

@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -185,7 +193,8 @@ WORKER_SERIES = (
 )  # fmt: skip
 
 
-ENGINE_PREFIX = "vllm:"
+# When each series began is nothing anybody asks for, and would be a quarter of what is scraped.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class PassThrough(Collector):
@@ -205,7 +214,6 @@ class Metrics:
     def __init__(self, series: tuple[Series, ...]) -> None:
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        self.registry.register(PassThrough(ENGINE_PREFIX))
         self._collectors = {each.name: self._make(each) for each in series}
         # Labels are bounded, so this is too; the library's own look-up costs more than the counting.
         self._children: dict[tuple[object, ...], Counter | Gauge | Histogram] = {}
@@ -221,6 +229,10 @@ class Metrics:
             )
         maker = Counter if series.kind is Kind.COUNTER else Gauge
         return maker(series.name, series.help, series.labels, registry=self.registry)
+
+    def pass_through(self, prefix: str) -> None:
+        """Serve a library's series of this name beside ours."""
+        self.registry.register(PassThrough(prefix))
 
     def add(self, series: Series, amount: float = 1.0, **labels: str) -> None:
         """Count up. Raises KeyError for a series this process did not declare."""
