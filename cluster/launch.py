@@ -21,6 +21,7 @@ from tidemill.core.model import Role
 from tidemill.core.settings import Settings
 
 SWITCH_TIMEOUT_S = 120.0
+NODES_PERIOD_S = 2.0
 STOP_TIMEOUT_S = 30.0  # a drain, and what comes after it
 Say = Callable[[str], None]
 
@@ -110,7 +111,7 @@ def up(settings: Settings, say: Say) -> ClusterState:
     _write_state(state)
     try:
         connect(state)
-        _check_nodes(settings)
+        _wait_for_nodes(settings, say)
         say("starting the router and the workers")
         pools = Pools(settings)
         workers = pools.first_workers()
@@ -143,8 +144,17 @@ def _is_up(state: ClusterState) -> bool:
     return True
 
 
-def _check_nodes(settings: Settings) -> None:
-    nodes = sum(node["Alive"] for node in ray.nodes())
+def _wait_for_nodes(settings: Settings, say: Say) -> None:
+    """Raises LaunchError if too few come, or if there are several and workers could not be reached on them."""
+    wanted, deadline = settings.ray.min_nodes, time.monotonic() + settings.ray.ready_s
+    while (nodes := sum(node["Alive"] for node in ray.nodes())) < wanted:
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"the Ray cluster has {nodes} of {wanted} nodes (ray.min_nodes) after {settings.ray.ready_s:.0f} s "
+                "(ray.ready_s); see `ray status`"
+            )
+        say(f"{nodes} of {wanted} nodes are there")
+        time.sleep(NODES_PERIOD_S)
     if nodes > 1 and settings.network.tls is None:
         raise LaunchError(
             f"the Ray cluster has {nodes} nodes, and without network.tls workers listen on loopback only; "

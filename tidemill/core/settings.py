@@ -193,8 +193,10 @@ class RaySettings(Section):
     address: str | None = None
     """`host:port` of a running cluster, or `auto` for the one this machine belongs to; none: `tidemill up` starts a
     head on this machine and `down` stops it."""
+    min_nodes: Count = 1
+    """Nodes, with the head, that `up` waits for before it places workers; they spread over those that are there."""
     ready_s: Seconds = 120.0
-    """How long `up` waits for the router and each worker; nodes that are still to be started need minutes."""
+    """How long `up` waits for nodes, for the router and for each worker; nodes that are yet to start need minutes."""
     resources: dict[Role, dict[str, Annotated[float, Field(gt=0)]]] = {}
     """Further Ray resources that workers ask for, by the role they start in: they decide where a pool lives."""
     cpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
