@@ -22,7 +22,7 @@ from tests.support.prometheus import DEPLOY
 
 ROOT = DEPLOY.parent
 ENVIRONMENT = Path(sys.executable).parents[1]
-PROMPTS = 8
+PROMPTS, TOKENS = 8, 500
 pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(not can_make_hosts(), reason="this sandbox forbids namespaces"),
@@ -111,11 +111,11 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         yield deployment
 
 
-def wait_until(holds: Callable[[], bool], what: str, timeout_s: float = 90.0) -> None:
+def wait_until(holds: Callable[[], bool], what: str, timeout_s: float = 90.0, pause_s: float = 0.5) -> None:
     deadline = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}"
-        time.sleep(0.5)
+        time.sleep(pause_s)
 
 
 def host_of(worker: dict[str, Any]) -> str:
@@ -145,7 +145,7 @@ def test_a_wrong_token_and_plain_text_are_refused(deployment: Deployment) -> Non
 def test_requests_survive_the_loss_of_a_host(deployment: Deployment) -> None:
     """Every request of the second round has the first round's tokens, though a host went while they were decoded."""
     operator = deployment.lab.operator
-    undisturbed = json.loads(operator.run(*deployment.ask(150), timeout_s=90))
+    undisturbed = json.loads(operator.run(*deployment.ask(TOKENS), timeout_s=90))
     started = operator.home / "tokens-are-coming"
     assert started.exists()
     assert any(answer["prefill"] for answer in undisturbed), "no KV travelled between workers"
@@ -153,8 +153,8 @@ def test_requests_survive_the_loss_of_a_host(deployment: Deployment) -> None:
     workers = deployment.status()["workers"]
     victim = deployment.lab.hosts["worker-2"]
     lost = {worker["worker"] for worker in workers if host_of(worker) == victim.address}
-    asking = subprocess.Popen(operator.command(*deployment.ask(150)), stdout=subprocess.PIPE, text=True)
-    wait_until(started.exists, "tokens to come", 30)
+    asking = subprocess.Popen(operator.command(*deployment.ask(TOKENS)), stdout=subprocess.PIPE, text=True)
+    wait_until(started.exists, "tokens to come", 30, 0.01)
     deployment.lab.cut(victim)
     victim.power_off()
     output, _ = asking.communicate(timeout=100)
@@ -190,7 +190,10 @@ def test_down_leaves_nothing(deployment: Deployment) -> None:
     assert not list((deployment.head.home / "tidemill-run/targets").iterdir())
     deployment.ray("down", "--yes", "ssh.yaml")
     left = [deployment.head, deployment.lab.hosts["worker-1"]]
-    wait_until(lambda: not any(host.processes() for host in left), f"{[host.processes() for host in left]} to end", 60)
+    deadline = time.monotonic() + 60
+    while running := [line for host in left for line in host.processes().values()]:
+        assert time.monotonic() < deadline, running
+        time.sleep(0.5)
     for host in left:
         listening = host.run("ss", "-Hltn").splitlines()
         assert [line.split()[3] for line in listening] == [f"{host.address}:22"]
