@@ -4,9 +4,10 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+DEPLOY_TOOLS := prometheus openssh-server openssh-client iproute2 rsync openssl git
 PROTOS := tidemill/proto/inference.proto tidemill/core/control.proto
 
-.PHONY: help env demo test lint types unit e2e identity docs bench protos clean
+.PHONY: help env demo test test-deploy lint types unit e2e identity docs bench protos clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
@@ -40,7 +41,13 @@ e2e: env
 	$(BIN)/python -m pytest tests/e2e
 
 test: lint types env
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --ignore=tests/deploy
+
+# make test-deploy: what operators use, for real: Prometheus, and `ray up` on three hosts. Needs Debian and root.
+test-deploy: env
+	@missing=$$(for each in $(DEPLOY_TOOLS); do dpkg -s $$each >/dev/null 2>&1 || echo $$each; done); \
+	  test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing; }
+	$(BIN)/python -m pytest tests/deploy
 
 # make identity: the same tokens through every way, for all held-out prompts.
 identity: env
@@ -57,6 +64,7 @@ bench: env .venv-vllm/.installed
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.kv_link
+	$(BIN)/python -m benchmarks.scraping
 	$(BIN)/python -m benchmarks.router_throughput --ray-serve
 
 .venv-vllm/.installed: requirements/bench-vllm.txt
