@@ -219,6 +219,8 @@ def status(state: ClusterState) -> dict[str, Any]:
         reports = ray.get(find(CONTROLLER).reports.remote(), timeout=10.0)
     except (RayError, ValueError) as error:
         raise LaunchError(f"cluster {state.name!r} does not answer: {_cause(error)}") from error
+    finally:
+        ray.shutdown()  # or Ray goes on to say on standard output what happens in the cluster
     by_name = {report.peer.id.name: report for report in reports.values() if report is not None}
     for worker in described["workers"]:
         report = by_name.get(worker["worker"].partition("@")[0])
