@@ -90,7 +90,8 @@ def status(
     with _told_plainly():
         from cluster import launch  # noqa: PLC0415
 
-        described = launch.status(_state(name))
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints what it hears of nodes; scripts read JSON here
+            described = launch.status(_state(name))
     if as_json:
         out.print_json(json.dumps(described))
         return

@@ -13,12 +13,13 @@ from prometheus_client import start_http_server
 from router.auth import BearerToken, read_secret, server_credentials
 from router.gate import Gate
 from router.policy.admission import AdmissionLimits
-from router.pools_view import PoolsView
+from router.pools_view import PoolsView, attach_over
 from router.route import Router
 from router.served_model import ServedModel
 from router.servicer import Servicer
 from router.wellformed import WellFormed
 from tidemill.core import metrics
+from tidemill.core.channels import NodeChannels
 from tidemill.core.clock import Clock, SystemClock
 from tidemill.core.metrics import ROUTER_SERIES, Metrics
 from tidemill.core.model import Member, Role
@@ -42,7 +43,12 @@ class RouterServer:
         engine = settings.engine
         emulated = settings.emulated if engine.kind == "emulated" else None
         self._model = ServedModel(settings.target, engine.kv_blocks * engine.block_size, emulated)
-        self._pools = PoolsView(self._clock, lambda seconds: self.metrics.observe(metrics.CANCEL_TO_RELEASE, seconds))
+        self._channels = NodeChannels(settings.network.tls)
+        self._pools = PoolsView(
+            self._clock,
+            attach_over(self._channels),
+            lambda seconds: self.metrics.observe(metrics.CANCEL_TO_RELEASE, seconds),
+        )
         limits = AdmissionLimits(settings.router.max_active, settings.router.max_queued)
         self._gate = Gate(limits, self.metrics)
         router = Router(settings, self._pools, self._gate, self.metrics, self._clock, random.Random())
@@ -94,7 +100,9 @@ class RouterServer:
     def _serve_metrics(self) -> str:
         settings = self._settings.metrics
         try:
-            self._metrics_server, _ = start_http_server(settings.router_port, settings.host, self.metrics.registry)
+            self._metrics_server, _ = start_http_server(
+                settings.router_port, settings.host, self.metrics.registry, **self._channels.metrics_tls
+            )
         except OSError as error:
             where = _authority(settings.host, settings.router_port)
             raise OSError(

@@ -256,6 +256,8 @@ class EngineLoop:
 
     def _gauge(self, load: WorkerLoad) -> None:
         role = self._role.role
+        for each in Role:
+            self._metrics.set(metrics.WORKER_ROLE, each is role, role=each)
         self._metrics.set(metrics.WORKER_QUEUED, load.queued_requests, role=role)
         self._metrics.set(metrics.WORKER_RUNNING, load.running_requests, role=role)
         self._metrics.set(metrics.KV_BLOCKS, load.kv_blocks_total, role=role)

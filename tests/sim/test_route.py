@@ -200,7 +200,7 @@ class Cluster:
         self.by_name = {worker.id.name: worker for worker in self.workers}
         config = router_settings(router={"max_retries": max_retries, "max_active": 4}, deadlines=STAGES)
         self.counters, clock, rng = Metrics(ROUTER_SERIES), LoopClock(), random.Random(0)
-        self.pools = PoolsView(clock, attach=self._attach)
+        self.pools = PoolsView(clock, self._attach)
         self.gate = Gate(AdmissionLimits(4, 8), self.counters)
         self.router = Router(config, self.pools, self.gate, self.counters, clock, rng)
 

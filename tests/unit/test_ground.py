@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 import tidemill
 from tidemill import errors
 from tidemill.core import lifecycle, messages, wire
-from tidemill.core.metrics import ROUTER_SERIES, TTFT, WORKER_SERIES, Metrics, PassThrough
+from tidemill.core.metrics import ROUTER_SERIES, TTFT, WORKER_SERIES, Metrics
 from tidemill.core.model import Peer, Request, Role, SloClass, WorkerId, WorkerLoad
 from tidemill.core.settings import SettingsError, load_settings
 from tidemill.core.text import TextStream, TokenizerError, load_tokenizer
@@ -276,7 +276,7 @@ def test_public_types_are_frozen() -> None:
 def test_series_of_a_library_pass_through_by_name() -> None:
     ours, other = Gauge("vllm:depth", "of a queue"), Gauge("foreign_depth", "of another")
     metrics = Metrics(WORKER_SERIES)
-    metrics.registry.register(PassThrough("vllm:"))
+    metrics.pass_through("vllm:")
     try:
         ours.set(3)
         other.set(4)

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tidemill.core.model import Role
+
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -135,6 +137,25 @@ class TlsSettings(Section):
     """If set, clients must show a certificate of this authority."""
 
 
+class NodeTlsSettings(Section):
+    """PEM files, the same on every node. The certificate is made for the name `tidemill-node`."""
+
+    certificate: Path
+    """What a node shows to the others, whoever called."""
+    key: Path
+    """Its private key."""
+    ca: Path
+    """The authority that signed it, and nothing but nodes' certificates."""
+
+
+class NetworkSettings(Section):
+    """Between the router and the workers."""
+
+    tls: NodeTlsSettings | None = None
+    """With it workers listen on their node's address, and take only callers that show a node's certificate. Without it
+    they listen on loopback, and the cluster is one machine."""
+
+
 class RouterSettings(Section):
     """The front door."""
 
@@ -233,7 +254,14 @@ class RaySettings(Section):
     """The Ray cluster the actors live in."""
 
     address: str | None = None
-    """`host:port` of a running cluster; none: `tidemill up` starts a head on this machine and `down` stops it."""
+    """`host:port` of a running cluster, or `auto` for the one this machine belongs to; none: `tidemill up` starts a
+    head on this machine and `down` stops it."""
+    min_nodes: Count = 1
+    """Nodes, with the head, that `up` waits for before it places workers; they spread over those that are there."""
+    ready_s: Seconds = 120.0
+    """How long `up` waits for nodes, for the router and for each worker; nodes that are yet to start need minutes."""
+    resources: dict[Role, dict[str, Annotated[float, Field(gt=0)]]] = {}
+    """Further Ray resources that workers ask for, by the role they start in: they decide where a pool lives."""
     cpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     """Ray CPUs reserved for each worker actor; 0 lets many share a small machine."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
@@ -246,9 +274,13 @@ class MetricsSettings(Section):
     """Prometheus endpoints of router and workers."""
 
     host: str = "127.0.0.1"
-    """Address the router's endpoint listens on."""
+    """Address the router's endpoint listens on. Other than loopback needs `network.tls`."""
     router_port: Port = 0
-    """0: any free port; `tidemill status` shows it. Workers always take a free port."""
+    """0: any free port; `tidemill status` shows it."""
+    worker_port: Port = 0
+    """0: any free port; a fixed one only where each worker has an address of its own, as a Kubernetes pod has."""
+    targets_file: Path | None = None
+    """Where the controller writes the list of all endpoints for Prometheus' file_sd; none: nowhere."""
 
 
 class Settings(Section):
@@ -264,6 +296,7 @@ class Settings(Section):
     """Used with `engine.kind: emulated`."""
     pools: PoolSettings = PoolSettings()
     router: RouterSettings = RouterSettings()
+    network: NetworkSettings = NetworkSettings()
     split: SplitSettings = SplitSettings()
     speculation: SpeculationSettings = SpeculationSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
@@ -288,6 +321,10 @@ class Settings(Section):
             raise ValueError(
                 f"router.host {self.router.host!r} is not loopback: set router.tls and router.token_file, "
                 "or listen on 127.0.0.1"
+            )
+        if not is_loopback(self.metrics.host) and self.network.tls is None:
+            raise ValueError(
+                f"metrics.host {self.metrics.host!r} is not loopback: set network.tls, or listen on 127.0.0.1"
             )
         return self
 
@@ -346,6 +383,9 @@ def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
         }
     )
     token_file = router.token_file and base / router.token_file
+    nodes = settings.network.tls
+    nodes = nodes and NodeTlsSettings(certificate=base / nodes.certificate, key=base / nodes.key, ca=base / nodes.ca)
+    targets_file = settings.metrics.targets_file and base / settings.metrics.targets_file
     return settings.model_copy(
         update={
             "target": rooted(settings.target),
@@ -354,5 +394,7 @@ def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
                 update={each: rooted_latency(getattr(settings.emulated, each)) for each in ("target", "draft")}
             ),
             "router": router.model_copy(update={"tls": tls, "token_file": token_file}),
+            "network": NetworkSettings(tls=nodes),
+            "metrics": settings.metrics.model_copy(update={"targets_file": targets_file}),
         }
     )
