@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import grpc
 
 from router.inbox import Inbox
+from router.telemetry import Telemetry, count
 from tidemill.core import control_pb2 as pb
 from tidemill.core import wire
 from tidemill.core.channels import NodeChannels
@@ -74,7 +75,14 @@ class Conversation:
 class WorkerConnection:
     """One worker incarnation. All of this runs on the router's event loop."""
 
-    def __init__(self, member: Member, clock: Clock, on_cancelled: Callable[[float], None], attach: Attach) -> None:
+    def __init__(
+        self,
+        member: Member,
+        clock: Clock,
+        telemetry: Telemetry,
+        on_cancelled: Callable[[float], None],
+        attach: Attach,
+    ) -> None:
         """`on_cancelled` hears how many seconds it took to tell the worker of a cancellation."""
         self.peer = member.peer
         self.role = member.role
@@ -82,6 +90,7 @@ class WorkerConnection:
         self.load = WorkerLoad()
         self.heard_at = float("-inf")
         self._clock = clock
+        self._telemetry = telemetry
         self._on_cancelled = on_cancelled
         self._attach = attach
         self._conversations: dict[str, Conversation] = {}
@@ -156,12 +165,16 @@ class WorkerConnection:
         self.load, self.accepting = report.load, report.accepting
         if report.worker != self.peer.id or report.role is not self.role:
             self._become(report)
+        prefilled_tokens = 0
         for event in report.events:
             conversation = self._conversations.get(event.request_id)
             if conversation is not None:
                 if isinstance(event, Prefilled):
                     conversation.is_load = False
+                    prefilled_tokens += conversation.prompt_tokens
                 conversation.heard.put((self, event))
+        counted = count(report.events, prefilled_tokens)
+        self._telemetry.reported(report.worker, report.role, report.accepting, report.load, counted, self.heard_at)
 
     def _become(self, report: StepReport) -> None:
         """The worker changed its role, or is another incarnation behind the same address: all it held is gone."""
@@ -184,9 +197,16 @@ class WorkerConnection:
 class PoolsView:
     """All members."""
 
-    def __init__(self, clock: Clock, attach: Attach, on_cancelled: Callable[[float], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        attach: Attach,
+        telemetry: Telemetry,
+        on_cancelled: Callable[[float], None] = lambda _: None,
+    ) -> None:
         """See WorkerConnection."""
         self._clock = clock
+        self._telemetry = telemetry
         self._on_cancelled = on_cancelled
         self._attach = attach
         self._workers: dict[str, WorkerConnection] = {}
@@ -198,7 +218,9 @@ class PoolsView:
             await self._workers.pop(address).close()
         for address, member in wanted.items():
             if address not in self._workers:
-                self._workers[address] = WorkerConnection(member, self._clock, self._on_cancelled, self._attach)
+                self._workers[address] = WorkerConnection(
+                    member, self._clock, self._telemetry, self._on_cancelled, self._attach
+                )
 
     def snapshot(self) -> PoolSnapshot:
         """The workers that can take requests now."""
