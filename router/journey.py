@@ -47,8 +47,12 @@ class Journey:
 
         A worker may still be sending tokens of an earlier attempt when it is given a new one; the id tells them apart.
         """
+        return replace(self.request.resumed(self.sent), id=self.next_id())
+
+    def next_id(self) -> str:
+        """Under which the request has not been known to any worker."""
         self.attempts += 1
-        return replace(self.request.resumed(self.sent), id=f"{self.request.id}#{self.attempts}")
+        return f"{self.request.id}#{self.attempts}"
 
     def prefilled(self, event: Prefilled | None, now: float) -> None:
         """The prompt's KV is computed; None if the verify worker had all of it."""

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import grpc
 
-from router.inbox import Inbox
 from tidemill.core import control_pb2 as pb
 from tidemill.core import wire
 from tidemill.core.clock import Clock
@@ -48,8 +47,8 @@ async def attach(address: str, commands: AsyncIterator[pb.Command]) -> AsyncGene
             yield report
 
 
-# What a request hears, from whichever of its workers: (worker, event).
-Heard = tuple["WorkerConnection", Event]
+# How a request hears of its workers: (worker, event).
+Hear = Callable[["WorkerConnection", Event], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -57,8 +56,8 @@ class Conversation:
     """One request with one worker. Belongs to the attempt that opened it, which closes it."""
 
     worker: "WorkerConnection"
-    request_id: str
-    heard: Inbox[Heard]
+    request_id: str  # as the worker knows it
+    hear: Hear
     is_load: bool = True  # a prefill worker that has done its part is still heard, but carries nothing
     prompt_tokens: int = 0  # still to be computed
 
@@ -76,8 +75,17 @@ class Conversation:
 class WorkerConnection:
     """One worker incarnation. All of this runs on the router's event loop."""
 
-    def __init__(self, member: Member, clock: Clock, on_cancelled: Callable[[float], None], attach: Attach) -> None:
-        """`on_cancelled` hears how many seconds it took to tell the worker of a cancellation."""
+    def __init__(
+        self,
+        member: Member,
+        clock: Clock,
+        on_cancelled: Callable[[float], None],
+        on_draining: "Callable[[WorkerConnection], None]",
+        attach: Attach,
+    ) -> None:
+        """`on_cancelled` hears how many seconds it took to tell the worker of a cancellation; `on_draining` that the
+        worker takes no more, while it still has requests.
+        """
         self.peer = member.peer
         self.role = member.role
         self.accepting = False
@@ -85,6 +93,7 @@ class WorkerConnection:
         self.heard_at = float("-inf")
         self._clock = clock
         self._on_cancelled = on_cancelled
+        self._on_draining = on_draining
         self._attach = attach
         self._conversations: dict[str, Conversation] = {}
         # None while there is no stream. Holds a few commands for each active request, whose number is bounded, and
@@ -96,6 +105,11 @@ class WorkerConnection:
     def connected(self) -> bool:
         return self._commands is not None
 
+    @property
+    def draining(self) -> bool:
+        """True if it takes no more, and still has requests of this router."""
+        return self.connected and not self.accepting and bool(self._conversations)
+
     def snapshot(self) -> WorkerSnapshot:
         carried = [each for each in self._conversations.values() if each.is_load]
         tokens = sum(each.prompt_tokens for each in carried)
@@ -105,9 +119,9 @@ class WorkerConnection:
         """True if new requests may go there."""
         return self.connected and self.accepting and now - self.heard_at < STALE_AFTER_S
 
-    def open(self, request_id: str, heard: Inbox[Heard]) -> Conversation:
-        """Start to hear of a request; everything about it is put into `heard`."""
-        conversation = Conversation(self, request_id, heard)
+    def open(self, request_id: str, hear: Hear) -> Conversation:
+        """Start to hear of a request; `hear` is called with everything about it."""
+        conversation = Conversation(self, request_id, hear)
         self._conversations[request_id] = conversation
         return conversation
 
@@ -163,7 +177,9 @@ class WorkerConnection:
             if conversation is not None:
                 if isinstance(event, Prefilled):
                     conversation.is_load = False
-                conversation.heard.put((self, event))
+                conversation.hear(self, event)
+        if self.draining:
+            self._on_draining(self)
 
     def _become(self, report: StepReport) -> None:
         """The worker changed its role, or is another incarnation behind the same address: all it held is gone."""
@@ -180,7 +196,7 @@ class WorkerConnection:
 
     def _fail_all(self, failure: Failure, detail: str) -> None:
         for conversation in list(self._conversations.values()):
-            conversation.heard.put((self, Failed(conversation.request_id, failure, detail)))
+            conversation.hear(self, Failed(conversation.request_id, failure, detail))
 
 
 class PoolsView:
@@ -189,11 +205,12 @@ class PoolsView:
     def __init__(
         self, clock: Clock, on_cancelled: Callable[[float], None] = lambda _: None, attach: Attach = attach
     ) -> None:
-        """See WorkerConnection. `attach` is for tests without a network."""
+        """See WorkerConnection, of `on_draining` too. `attach` is for tests without a network."""
         self._clock = clock
         self._on_cancelled = on_cancelled
         self._attach = attach
         self._workers: dict[str, WorkerConnection] = {}
+        self.on_draining: Callable[[WorkerConnection], None] = lambda _: None
 
     async def set_members(self, members: Sequence[Member]) -> None:
         """Connect to new ones, leave those that are gone. An address is a member; epochs come with reports."""
@@ -202,7 +219,12 @@ class PoolsView:
             await self._workers.pop(address).close()
         for address, member in wanted.items():
             if address not in self._workers:
-                self._workers[address] = WorkerConnection(member, self._clock, self._on_cancelled, self._attach)
+                self._workers[address] = WorkerConnection(
+                    member, self._clock, self._on_cancelled, self._drains, self._attach
+                )
+
+    def _drains(self, worker: WorkerConnection) -> None:
+        self.on_draining(worker)
 
     def snapshot(self) -> PoolSnapshot:
         """The workers that can take requests now."""

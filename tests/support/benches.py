@@ -60,6 +60,7 @@ class ManualFeeder:
     waiting: list[KvMessage] = field(default_factory=list)
     backlog_bytes: int = 0
     prepared: bool = False
+    connected: bool = True
     closed: bool = False
 
     def prepare(self) -> None:
@@ -135,12 +136,14 @@ class Bench:
     # --- workers.loop.Roles -------------------------------------------------------------------------------------
 
     def make(self, role: Role, engine: Engine, me: WorkerId, outbox: Outbox) -> WorkerRole:
+        deliver = self.mailbox.deliver
         if role is Role.PREFILL:
-            return PrefillRole(engine, outbox, self.settings, self.metrics, self._feed, self.mailbox.deliver)
+            return PrefillRole(engine, outbox, self.settings, self.metrics, self._feed, deliver)
         if role is Role.DRAFT:
             return DraftRole(engine, outbox, self.settings)
         pool = DrafterPool(self.settings.speculation.wait_s, self._connect)
-        return VerifyRole(engine, outbox, self.settings, self.metrics, Peer(me, "here"), pool, self.times)
+        peer = Peer(me, "here")
+        return VerifyRole(engine, outbox, self.settings, self.metrics, peer, pool, self.times, self._feed, deliver)
 
     def leave(self) -> None:
         self.left += 1

@@ -19,11 +19,13 @@ class OpenLease:
     deadline: float  # monotonic seconds
     next_block: int
     lifecycle: Lifecycle[LeaseState]
+    wanted: int | None  # the block after the last that is needed; None while the request decodes elsewhere
+    output: tuple[int, ...] = ()  # what it got there since the lease was granted
     link: str = ""  # what feeds it, once something came
 
     @property
     def filled(self) -> bool:
-        return self.next_block >= self.lease.end_block
+        return self.wanted is not None and self.next_block >= self.wanted
 
 
 class LeaseTable:
@@ -42,11 +44,15 @@ class LeaseTable:
     def __iter__(self) -> Iterator[OpenLease]:
         return iter(list(self._open.values()))
 
-    def grant(self, request: Request, blocks: Reservation, ttl_s: float, now: float) -> OpenLease:
-        """Enter a lease on blocks the engine has reserved."""
+    def grant(
+        self, request: Request, blocks: Reservation, ttl_s: float, now: float, *, moving: bool = False
+    ) -> OpenLease:
+        """Enter a lease on blocks the engine has reserved; if it is moving, how many are needed is not known yet."""
         self._next_id += 1
         lease = Lease(self._next_id, request.id, self._holder, blocks.first_block, blocks.end_block, ttl_s)
-        entry = OpenLease(lease, now + ttl_s, blocks.first_block, Lifecycle(LeaseState.GRANTED, LEASE_MOVES))
+        lifecycle = Lifecycle(LeaseState.GRANTED, LEASE_MOVES)
+        wanted = None if moving else blocks.end_block
+        entry = OpenLease(lease, now + ttl_s, blocks.first_block, lifecycle, wanted)
         self._open[lease.id] = self._by_request[request.id] = entry
         return entry
 

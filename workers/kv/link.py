@@ -82,6 +82,9 @@ class Feeder(Protocol):
     @property
     def backlog_bytes(self) -> int: ...
 
+    @property
+    def connected(self) -> bool: ...
+
     def prepare(self) -> None: ...
 
     def put(self, message: KvMessage) -> None: ...
@@ -109,7 +112,7 @@ class Outgoing:
         self._changed = threading.Condition()  # guards all below
         self._queue: deque[KvMessage] = deque()
         self._sending: KvMessage | None = None
-        self._backlog_bytes = 0  # bounded by the prefill role, which looks before it adds more
+        self._backlog_bytes = 0  # bounded by the roles, which look before it adds more
         self._end: SendingEnd | None = None
         self._open_now = False
         self._closed = False
@@ -120,6 +123,11 @@ class Outgoing:
     def backlog_bytes(self) -> int:
         """Bytes accepted and not yet sent."""
         return self._backlog_bytes
+
+    @property
+    def connected(self) -> bool:
+        """True if the next message need not wait for the link to be opened."""
+        return self._end is not None
 
     def prepare(self) -> None:
         """Open the link now, so that the first message does not wait for it."""

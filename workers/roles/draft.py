@@ -10,7 +10,18 @@ agree. Its words change the speed of a request, never its tokens.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from tidemill.core.messages import Cancel, Command, Draft, DraftAsk, DraftCall, DraftReply, Failure, Refusal
+from tidemill.core.messages import (
+    Cancel,
+    Command,
+    Draft,
+    DraftAsk,
+    DraftCall,
+    DraftReply,
+    Failure,
+    Migrate,
+    Refusal,
+    Resume,
+)
 from tidemill.core.model import Request, Role
 from tidemill.core.settings import Settings
 from tidemill.core.tree import ROOT, Shape, prefix_hash
@@ -179,10 +190,13 @@ class DraftRole:
     # --- WorkerRole ---------------------------------------------------------------------------------------------
 
     def handle(self, command: Command, now: float) -> None:
-        if isinstance(command, Cancel):
-            self._outbox.forget(command.request_id)
-        else:
-            refuse(self._outbox, command.request.id, Refusal.WRONG_ROLE)
+        match command:
+            case Cancel(request_id):
+                self._outbox.forget(request_id)
+            case Migrate() | Resume():
+                pass  # nothing decodes here
+            case _:
+                refuse(self._outbox, command.request.id, Refusal.WRONG_ROLE)
 
     def cancel(self, request_id: str) -> None:
         """Routers hold nothing here; verify workers close their own requests."""
@@ -209,6 +223,9 @@ class DraftRole:
                 self._advance(known)
         for stream in self._streams.values():
             stream.flush(self._step_s)
+
+    def drain(self) -> None:
+        """Drafts are not worth waiting for."""
 
     def give_up(self, failure: Failure, detail: str) -> None:
         """Forget every request, and say so."""

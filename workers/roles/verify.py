@@ -1,12 +1,14 @@
 """Verify and decode: hold leases until their KV is here, then give every request a token, or several, each step.
 
 Reserve -> engine.reserve -> lease -> blocks come over a link -> committed -> decodes
+           (moving here: the last of them, and Resume with the tokens got elsewhere)
 Submit  -> engine.submit  -> computes its prompt here ---------------------> decodes
 decodes: each step's tokens go out; drafts are asked for after a step and attached before the next
+Migrate -> it leaves for another verify worker while it decodes, see departures.py
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tidemill.core import metrics
 from tidemill.core.lifecycle import LeaseState
@@ -16,9 +18,12 @@ from tidemill.core.messages import (
     DraftReply,
     Failure,
     FirstToken,
+    Lease,
     LeaseGranted,
+    Migrate,
     Refusal,
     Reserve,
+    Resume,
     Submit,
     Tokens,
 )
@@ -28,8 +33,10 @@ from tidemill.core.settings import Settings
 from tidemill.types import SamplingParams
 from workers.engine.base import Engine, OutOfBlocks, RequestTooLong, SequenceOutput, StepOutput
 from workers.kv.lease import LeaseTable, OpenLease
-from workers.kv.link import Arrival
+from workers.kv.link import Arrival, FeederFactory
+from workers.kv.transfers import Deliver
 from workers.roles.base import Outbox, fail, for_each, refuse
+from workers.roles.departures import Departures
 from workers.speculation.pool import DrafterPool
 from workers.speculation.speculator import Speculator
 from workers.speculation.step_time import StepTimes
@@ -43,6 +50,7 @@ class Decoding:
 
     request: Request
     tokens: list[int]
+    drafter: Peer | None
     received_at: float
     started_at: float | None = None  # start of the first step that computed a part of it
     received_kv_at: float | None = None  # its lease was committed
@@ -63,40 +71,48 @@ class VerifyRole:
         me: Peer,
         drafters: DrafterPool,
         times: StepTimes,
+        feed: FeederFactory,
+        deliver: Deliver,
     ) -> None:
-        """`times` are the engine's, and outlive the role."""
+        """`times` are the engine's, and outlive the role. `feed` and `deliver`: see Transfers."""
         self._engine = engine
         self._outbox = outbox
         self._settings = settings
         self._metrics = metrics
         self._speculator = Speculator(engine, settings.speculation, metrics, drafters, times)
         self._leases = LeaseTable(me)
+        self._departures = Departures(engine, outbox, metrics, feed, deliver, self._speculator.close_request)
         self._requests: dict[str, Decoding] = {}
 
     # --- commands -----------------------------------------------------------------------------------------------
 
     def handle(self, command: Command, now: float) -> None:
         match command:
-            case Reserve(request, ttl_s, drafter):
-                self._reserve(request, ttl_s, drafter, now)
+            case Reserve():
+                self._reserve(command, now)
             case Submit(request, drafter):
                 self._submit(request, drafter, now)
             case Cancel(request_id):
                 self.cancel(request_id)
+            case Migrate(request_id, lease):
+                self._migrate(request_id, lease, now)
+            case Resume(request_id, tokens):
+                self._resume(request_id, tokens, now)
             case _:
                 refuse(self._outbox, command.request.id, Refusal.WRONG_ROLE)
 
-    def _reserve(self, request: Request, ttl_s: float, drafter: Peer | None, now: float) -> None:
+    def _reserve(self, command: Reserve, now: float) -> None:
+        request, headroom = command.request, command.headroom_tokens
         try:
-            blocks = self._engine.reserve(request)
+            blocks = self._engine.reserve(request, headroom)
         except OutOfBlocks:
             return refuse(self._outbox, request.id, Refusal.NO_BLOCKS)
         except RequestTooLong:
             return refuse(self._outbox, request.id, Refusal.TOO_LONG)
         except ValueError as error:
             return fail(self._outbox, request.id, Failure.ENGINE, str(error))
-        entry = self._leases.grant(request, blocks, ttl_s, now)
-        self._admit(request, drafter, now)
+        entry = self._leases.grant(request, blocks, command.ttl_s, now, moving=headroom > 0)
+        self._admit(request, command.drafter, now)
         self._outbox.emit(LeaseGranted(request.id, entry.lease))
         if entry.filled:
             self._commit(entry, now)
@@ -114,7 +130,7 @@ class VerifyRole:
         self._admit(request, drafter, now)
 
     def _admit(self, request: Request, drafter: Peer | None, now: float) -> None:
-        decoding = self._requests[request.id] = Decoding(request, list(request.tokens), now)
+        decoding = self._requests[request.id] = Decoding(request, list(request.tokens), drafter, now)
         self._speculator.open(request, decoding.tokens, drafter, now)
 
     def cancel(self, request_id: str) -> None:
@@ -124,10 +140,35 @@ class VerifyRole:
         self._forget(request_id)
 
     def _forget(self, request_id: str) -> None:
+        self._departures.forget(request_id)
         self._requests.pop(request_id, None)
         self._speculator.close_request(request_id)
         self._outbox.forget(request_id)
         self._engine.release(request_id)
+
+    # --- moves from one verify worker to another ----------------------------------------------------------------
+
+    def _migrate(self, request_id: str, lease: Lease, now: float) -> None:
+        self._stay(request_id, now)
+        self._departures.begin(request_id, self._requests[request_id].tokens, lease, now)
+
+    def _resume(self, request_id: str, tokens: tuple[int, ...], now: float) -> None:
+        entry = self._leases.of_request(request_id)
+        if entry is None:
+            return self._stay(request_id, now)
+        self._requests[request_id].tokens += tokens
+        kv_tokens = len(self._requests[request_id].tokens) - 1
+        entry.output, entry.wanted = tokens, -(-kv_tokens // self._engine.info.kv.block_size)
+        if entry.filled:
+            self._commit(entry, now)
+
+    def _stay(self, request_id: str, now: float) -> None:
+        """It was leaving, and does not any more."""
+        if self._departures.forget(request_id):
+            decoding = self._requests[request_id]
+            resumed = replace(decoding.request, output=tuple(decoding.tokens[len(decoding.request.prompt) :]))
+            self._engine.resume(request_id)
+            self._speculator.open(resumed, decoding.tokens, decoding.drafter, now)
 
     # --- leases -------------------------------------------------------------------------------------------------
 
@@ -167,8 +208,11 @@ class VerifyRole:
 
     def _commit(self, entry: OpenLease, now: float) -> None:
         """All blocks are here: they are the sequence's now, and it decodes."""
+        try:
+            self._engine.activate(entry.lease.request_id, entry.output)
+        except ValueError as error:
+            return self._fail(entry.lease.request_id, Failure.ENGINE, str(error))
         self._end_lease(entry, LeaseState.COMMITTED)
-        self._engine.activate(entry.lease.request_id)
         decoding = self._requests[entry.lease.request_id]
         decoding.started_at = decoding.received_kv_at = now
 
@@ -181,6 +225,7 @@ class VerifyRole:
             self._end_lease(entry, LeaseState.EXPIRED)
             self._fail(entry.lease.request_id, Failure.LEASE_EXPIRED, f"KV did not come within {entry.lease.ttl_s} s")
         self._speculator.poll(now)
+        self._departures.poll(now)
 
     def next_poll_at(self) -> float | None:
         return self._leases.next_deadline()
@@ -210,6 +255,7 @@ class VerifyRole:
             self._mark_started(progress.request_id, started)
         for each in output.outputs:
             self._emit_tokens(each, started, now)
+        self._departures.after_step(output.preempted)
         self._speculator.after_step(output, now)
 
     def _mark_started(self, request_id: str, at: float) -> None:
@@ -248,10 +294,19 @@ class VerifyRole:
         fail(self._outbox, request_id, failure, detail)
         self.cancel(request_id)
 
+    def drain(self) -> None:
+        """What no step and no block has come for begins elsewhere; routers move the rest away once it decodes."""
+        for request_id, decoding in list(self._requests.items()):
+            entry = self._leases.of_request(request_id)
+            if decoding.started_at is None and (entry is None or not entry.link):
+                refuse(self._outbox, request_id, Refusal.DRAINING)
+                self.cancel(request_id)
+
     def give_up(self, failure: Failure, detail: str) -> None:
         for_each(self._requests, lambda request_id: self._fail(request_id, failure, detail))
 
     def close(self) -> None:
+        self._departures.close()
         self._speculator.close()
 
     @property
