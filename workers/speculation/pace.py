@@ -80,12 +80,17 @@ class Pace:
             context,
             draft_step_s or 0.0,
             # What was drafted ahead is there when it is wanted, however long it was on its way.
-            0.0 if ahead or round_trip_s is None else round_trip_s,
+            0.0 if ahead else self._link_s(round_trip_s or 0.0, draft_step_s or 0.0),
             ahead > 0,
         )
         self._decisions += 1
         self._decided = draft_shape(conditions, self._times, self._control, Damping(), self._decided, self._decisions)
         return self._decided.choice, ahead
+
+    def _link_s(self, round_trip_s: float, draft_step_s: float) -> float:
+        """The part of a round trip in which nothing is drafted."""
+        depth = self._decided.choice.depth if self._decided is not None else 0
+        return max(round_trip_s - depth * draft_step_s, 0.0)
 
     def _ahead(self, round_trip_s: float | None) -> int:
         """So many rounds pass while an ask is on its way, and its answer back."""

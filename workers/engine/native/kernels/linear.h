@@ -6,6 +6,7 @@
 
 constexpr int PANEL = VECTORS * LANES;  // output columns of a panel
 constexpr int64_t CHUNK = 192;          // rows that pass all panels before the next rows do: their x stays in the cache
+constexpr int64_t SLICE = 2048;         // channels of a panel that several blocks of rows pass before the next channels
 
 constexpr int64_t LINE = 64;                          // bytes of a cache line
 constexpr int64_t PAIR_LINES = PANEL * 4 / LINE;      // of a panel's channel pair, in both types
@@ -73,41 +74,58 @@ struct Gate {
   }
 };
 
-// `ahead`: what to fetch meanwhile, `lines` cache lines for each channel pair; or null.
+// Rows against `channels` of a panel, on top of `sums` of the channels before, if there are any; the outcome goes to
+// `finish` if these are the last channels, else to `sums`. `ahead`: what to fetch meanwhile, `lines` cache lines for each
+// channel pair; or null.
 template <typename T, int R, typename Finish>
-static void linear_block(const T* x, int64_t in, const T* panel, const char* ahead, int lines, int64_t first_row,
-                         int64_t panel_index, const Finish& finish) {
+static void linear_block(const T* x, int64_t in, const T* weights, int64_t channels, vfloat (*sums)[VECTORS], bool first,
+                         bool last, const char* ahead, int lines, int64_t row, int64_t panel, const Finish& finish) {
   vfloat acc[R][VECTORS] = {};
   const T* columns[VECTORS];
-  for (int c = 0; c < VECTORS; c++) columns[c] = panel + c * LANES * PAIR<T>;
+  for (int c = 0; c < VECTORS; c++) columns[c] = weights + c * LANES * PAIR<T>;
+  if (!first)
+    for (int r = 0; r < R; r++)
+      for (int c = 0; c < VECTORS; c++) acc[r][c] = sums[r][c];
   if (ahead)
-    accumulate(acc, x, in, columns, PANEL * PAIR<T>, in, [=](int64_t pair) {
+    accumulate(acc, x, in, columns, PANEL * PAIR<T>, channels, [=](int64_t pair) {
       fetch_line(ahead + pair * lines * LINE);
       if (lines > 1) fetch_line(ahead + (pair * lines + 1) * LINE);
     });
   else
-    accumulate(acc, x, in, columns, PANEL * PAIR<T>, in, fetch_nothing);
-  for (int r = 0; r < R; r++) finish(first_row + r, panel_index, acc[r]);
+    accumulate(acc, x, in, columns, PANEL * PAIR<T>, channels, fetch_nothing);
+  for (int r = 0; r < R; r++) {
+    if (last) finish(row + r, panel, acc[r]);
+    else
+      for (int c = 0; c < VECTORS; c++) sums[r][c] = acc[r][c];
+  }
 }
 
-// x [rows, in] against `panels` packed panels.
+// x [rows, in] against `panels` packed panels. Rows go in blocks that fit the registers. Where there are several, a
+// panel is cut into slices that fit the cache, so that memory is read once.
 template <typename T, typename Finish>
 static void linear(const T* x, const T* packed, int64_t rows, int64_t in, int64_t panels, const Finish& finish) {
   for (int64_t chunk = 0; chunk < rows; chunk += CHUNK) {
     const int64_t size = std::min(CHUNK, rows - chunk), blocks = (size + MAX_ROWS - 1) / MAX_ROWS;
+    const int64_t slice = blocks > 1 ? SLICE : in;
     const int lines = blocks < PAIR_LINES ? 2 : 1;
 #pragma omp parallel for schedule(static)
-    for (int64_t p = 0; p < panels; p++)
-      for (int64_t b = 0; b < blocks; b++) {  // rows are spread evenly over the blocks
-        const int64_t first = chunk + b * size / blocks, last = chunk + (b + 1) * size / blocks;
-        const T* panel = packed + p * PANEL * in;
-        // A lone block waits for memory, and the processor fetches best by itself. Of several, each fetches a part of
-        // the next panel while it computes.
-        const int64_t part = b * in / PAIR<T> * lines * LINE, end = PANEL * in * (int64_t)sizeof(T);
-        const char* ahead = blocks > 1 && part < end ? (const char*)(panel + PANEL * in) + part : nullptr;
-        with_rows(last - first, [&](auto count) {
-          linear_block<T, decltype(count)::value>(x + first * in, in, panel, ahead, lines, first, p, finish);
-        });
+    for (int64_t p = 0; p < panels; p++) {
+      vfloat sums[CHUNK][VECTORS];
+      for (int64_t k = 0; k < in; k += slice) {
+        const int64_t channels = std::min(slice, in - k), end = channels * PANEL * (int64_t)sizeof(T);
+        const T* weights = packed + (p * in + k) * PANEL;
+        for (int64_t b = 0; b < blocks; b++) {  // rows are spread evenly over the blocks
+          const int64_t from = b * size / blocks, to = (b + 1) * size / blocks;
+          // A lone block waits for memory, and the processor fetches best by itself. Of several, each fetches a part of
+          // the next slice while it computes.
+          const int64_t part = b * channels / PAIR<T> * lines * LINE;
+          const char* ahead = blocks > 1 && part < end ? (const char*)(weights + PANEL * channels) + part : nullptr;
+          with_rows(to - from, [&](auto count) {
+            linear_block<T, decltype(count)::value>(x + (chunk + from) * in + k, in, weights, channels, sums + from,
+                                                    k == 0, k + slice >= in, ahead, lines, chunk + from, p, finish);
+          });
+        }
       }
+    }
   }
 }
