@@ -185,6 +185,8 @@ class Move:
             event = await self._inbox.get(timeout_s)
         except TimeoutError:
             raise _CalledOff(MoveOutcome.TIMEOUT) from None
+        if self._lifecycle.state is MoveState.CALLED_OFF:  # since the answer came
+            raise _CalledOff(MoveOutcome.OVER)
         if isinstance(event, kind):
             return event
         match event:
