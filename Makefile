@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROTOS := tidemill/proto/inference.proto tidemill/core/control.proto
 
-.PHONY: help env demo test lint types unit e2e identity docs bench protos clean
+.PHONY: help env demo test lint types unit e2e identity switches docs bench protos clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
@@ -45,6 +45,10 @@ test: lint types env
 # make identity: the same tokens through every way, for all held-out prompts.
 identity: env
 	$(BIN)/python -m pytest tests/e2e/test_identity.py --all-prompts --timeout 1200
+
+# make switches: 60 changes of role in a row under streaming load.
+switches: env
+	$(BIN)/python -m pytest tests/e2e/test_moves.py -k changes_of_role --all-switches --timeout 1200
 
 # make docs: the pages that are made from declarations.
 docs: env

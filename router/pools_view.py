@@ -182,9 +182,13 @@ class WorkerConnection:
             self._on_draining(self)
 
     def _become(self, report: StepReport) -> None:
-        """The worker changed its role, or is another incarnation behind the same address: all it held is gone."""
+        """The worker changed its role, or is another incarnation behind the same address: all it held is gone.
+
+        A prefill worker that had done its part held nothing; if its last blocks were lost their receiver says so.
+        """
         log.info("%s is now %s, a %s worker", self.peer.id, report.worker, report.role)
-        self._fail_all(Failure.ROLE_CHANGED, f"{self.peer.id} became {report.worker}")
+        carried = [each for each in self._conversations.values() if each.is_load]
+        self._fail(carried, Failure.ROLE_CHANGED, f"{self.peer.id} became {report.worker}")
         self.peer = Peer(report.worker, self.peer.address)
         self.role = report.role
 
@@ -192,10 +196,10 @@ class WorkerConnection:
         if self._conversations:
             log.warning("worker %s is lost with %d requests: %s", self.peer.id, len(self._conversations), why)
         self._commands, self.accepting = None, False
-        self._fail_all(Failure.STOPPING, f"{self.peer.id} is lost: {why}")
+        self._fail(list(self._conversations.values()), Failure.STOPPING, f"{self.peer.id} is lost: {why}")
 
-    def _fail_all(self, failure: Failure, detail: str) -> None:
-        for conversation in list(self._conversations.values()):
+    def _fail(self, conversations: list[Conversation], failure: Failure, detail: str) -> None:
+        for conversation in conversations:
             conversation.hear(self, Failed(conversation.request_id, failure, detail))
 
 
