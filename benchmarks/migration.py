@@ -4,7 +4,7 @@
 
 The bundled target, native engine, no drafts, a process for each worker, the router and the client in this one. A
 request with a prompt of 1,500 tokens decodes, alone or beside others on both workers, and is moved to and fro. The
-pause is the longest time between two tokens at the client from the wish to move until the move is done; steps are the
+pause is the time between the last token of the one worker and the first of the other, at the client; steps are the
 median time between tokens of the same stream while nothing moves, and the duration of the engine's own steps.
 """
 
@@ -74,9 +74,8 @@ async def measure_one(client: AsyncClient, router: RouterServer, rng: random.Ran
         stamps += [time.perf_counter()] * bool(chunk.tokens)
     await mover
     gaps = list(itertools.pairwise(stamps))
-    for started, ended in moves:
-        during = [after - before for before, after in gaps if after >= started and before <= ended]
-        found.pauses.append(max(during))
+    for started, ended in moves:  # a move ends when the router has the target's first token: the client's next one
+        found.pauses.append(next(after - before for before, after in gaps if after >= ended))
         found.whole_moves.append(ended - started)
     calm = [(b, a) for b, a in gaps if not any(a >= started and b <= ended for started, ended in moves)]
     found.between_tokens += [after - before for before, after in calm]
