@@ -58,7 +58,7 @@ async def measure_one(client: AsyncClient, router: RouterServer, rng: random.Ran
             await asyncio.sleep(0.005)
         while True:
             await asyncio.sleep(SETTLE_S)
-            workers = [each for each in router._pools.snapshot().of(Role.VERIFY)]
+            workers = router._pools.snapshot().of(Role.VERIFY)
             found.engine_steps += [each.load.step_s for each in workers if each.load.running_requests]
             at = router.decoding().get(name)
             target = next((each.peer.id for each in workers if each.peer.id != at), None)

@@ -168,7 +168,7 @@ FAULTS = st.sampled_from(["move", "move", "move", "freeze", "stream", "links", "
 events = st.lists(st.tuples(st.floats(0.0, 0.4), FAULTS, st.integers(0, 5)), min_size=3, max_size=20)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(events, st.integers(2, 8))
 def test_anything_in_any_order(script: list[tuple[float, str, int]], count: int) -> None:
     """Small pools, so that targets refuse and sources preempt."""
@@ -206,6 +206,6 @@ def test_anything_in_any_order(script: list[tuple[float, str, int]], count: int)
                 if not isinstance(result, asyncio.CancelledError):
                     assert not isinstance(result, BaseException), result
                     assert tokens_of(result) == plain(request)
-            await asyncio.sleep(10.0)
+            await asyncio.sleep(2.0)
 
     run_virtual(run())

@@ -26,7 +26,7 @@ from tidemill.core.settings import EngineSettings
 from workers.role_switch import RoleSwitch
 
 STEP_S = 0.02
-LINK_S = 0.005  # one message's way
+LINK_S = 0.01  # one message's way
 
 
 class WiredWorker(Bench):

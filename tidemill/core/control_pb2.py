@@ -4,100 +4,103 @@
 # source: tidemill/core/control.proto
 # Protobuf Python Version: 7.35.1
 """Generated protocol buffer code."""
-
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import descriptor_pool as _descriptor_pool
 from google.protobuf import runtime_version as _runtime_version
 from google.protobuf import symbol_database as _symbol_database
 from google.protobuf.internal import builder as _builder
-
 _runtime_version.ValidateProtobufRuntimeVersion(
-    _runtime_version.Domain.PUBLIC, 7, 35, 1, "", "tidemill/core/control.proto"
+    _runtime_version.Domain.PUBLIC,
+    7,
+    35,
+    1,
+    '',
+    'tidemill/core/control.proto'
 )
 # @@protoc_insertion_point(imports)
 
 _sym_db = _symbol_database.Default()
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(
-    b'\n\x1btidemill/core/control.proto\x12\x10tidemill.control"\'\n\x08WorkerId\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04"?\n\x04Peer\x12&\n\x02id\x18\x01 \x01(\x0b\x32\x1a.tidemill.control.WorkerId\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t"\xab\x02\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x11\n\x04seed\x18\x0c \x01(\x04H\x00\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\rH\x01\x88\x01\x01\x42\x07\n\x05_seedB\x0b\n\t_logprobs"3\n\x03Slo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06ttft_s\x18\x02 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x03 \x01(\x01"\x97\x01\n\x07Request\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12\x0e\n\x06output\x18\x03 \x03(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.tidemill.control.Sampling\x12"\n\x03slo\x18\x05 \x01(\x0b\x32\x15.tidemill.control.Slo\x12\x0e\n\x06tenant\x18\x06 \x01(\t"\x86\x01\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12&\n\x06holder\x18\x03 \x01(\x0b\x32\x16.tidemill.control.Peer\x12\x13\n\x0b\x66irst_block\x18\x04 \x01(\r\x12\x11\n\tend_block\x18\x05 \x01(\r\x12\r\n\x05ttl_s\x18\x06 \x01(\x01"\x86\x01\n\x07Reserve\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.tidemill.control.Request\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\x12\'\n\x07\x64rafter\x18\x03 \x01(\x0b\x32\x16.tidemill.control.Peer\x12\x17\n\x0fheadroom_tokens\x18\x04 \x01(\r"]\n\x06Submit\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.tidemill.control.Request\x12\'\n\x07\x64rafter\x18\x02 \x01(\x0b\x32\x16.tidemill.control.Peer"]\n\x07Prefill\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.tidemill.control.Request\x12&\n\x05lease\x18\x02 \x01(\x0b\x32\x17.tidemill.control.Lease"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t"E\n\x07Migrate\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x05lease\x18\x02 \x01(\x0b\x32\x17.tidemill.control.Lease",\n\x06Resume\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\r"\x9f\x02\n\x07\x43ommand\x12,\n\x07reserve\x18\x01 \x01(\x0b\x32\x19.tidemill.control.ReserveH\x00\x12*\n\x06submit\x18\x02 \x01(\x0b\x32\x18.tidemill.control.SubmitH\x00\x12,\n\x07prefill\x18\x03 \x01(\x0b\x32\x19.tidemill.control.PrefillH\x00\x12*\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x18.tidemill.control.CancelH\x00\x12,\n\x07migrate\x18\x05 \x01(\x0b\x32\x19.tidemill.control.MigrateH\x00\x12*\n\x06resume\x18\x06 \x01(\x0b\x32\x18.tidemill.control.ResumeH\x00\x42\x06\n\x04kind"J\n\x0cLeaseGranted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x05lease\x18\x02 \x01(\x0b\x32\x17.tidemill.control.Lease"-\n\x07Refused\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t"C\n\tPrefilled\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01"B\n\nFirstToken\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x01"Y\n\rTokenLogprobs\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x12\n\ntop_tokens\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02"\xbf\x01\n\x06Tokens\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12\x31\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1f.tidemill.control.TokenLogprobs\x12\x0f\n\x07\x64rafted\x18\x04 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\r\x12\x0e\n\x06\x66inish\x18\x06 \x01(\t\x12+\n\x05\x66irst\x18\x07 \x01(\x0b\x32\x1c.tidemill.control.FirstToken"=\n\x06\x46\x61iled\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x61ilure\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t".\n\x06Paused\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\x04"?\n\x07Staying\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t"\xda\x02\n\x05\x45vent\x12\x37\n\rlease_granted\x18\x01 \x01(\x0b\x32\x1e.tidemill.control.LeaseGrantedH\x00\x12,\n\x07refused\x18\x02 \x01(\x0b\x32\x19.tidemill.control.RefusedH\x00\x12\x30\n\tprefilled\x18\x03 \x01(\x0b\x32\x1b.tidemill.control.PrefilledH\x00\x12*\n\x06tokens\x18\x04 \x01(\x0b\x32\x18.tidemill.control.TokensH\x00\x12*\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x18.tidemill.control.FailedH\x00\x12*\n\x06paused\x18\x06 \x01(\x0b\x32\x18.tidemill.control.PausedH\x00\x12,\n\x07staying\x18\x07 \x01(\x0b\x32\x19.tidemill.control.StayingH\x00\x42\x06\n\x04kind"\xce\x01\n\x04Load\x12\x17\n\x0fqueued_requests\x18\x01 \x01(\r\x12\x15\n\rqueued_tokens\x18\x02 \x01(\r\x12\x18\n\x10running_requests\x18\x03 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x04 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x05 \x01(\r\x12\x18\n\x10kv_blocks_leased\x18\x06 \x01(\r\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\r\n\x05steps\x18\x08 \x01(\x04\x12\x0e\n\x06step_s\x18\t \x01(\x01"\xba\x01\n\nStepReport\x12*\n\x06worker\x18\x01 \x01(\x0b\x32\x1a.tidemill.control.WorkerId\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x11\n\taccepting\x18\x03 \x01(\x08\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12$\n\x04load\x18\x05 \x01(\x0b\x32\x16.tidemill.control.Load\x12\'\n\x06\x65vents\x18\x06 \x03(\x0b\x32\x17.tidemill.control.Event"4\n\x05Shape\x12\r\n\x05\x64\x65pth\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\r\n\x05nodes\x18\x03 \x01(\r"s\n\x08\x44raftAsk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12&\n\x05shape\x18\x04 \x01(\x0b\x32\x17.tidemill.control.Shape\x12\r\n\x05\x61head\x18\x05 \x01(\r"~\n\tDraftCall\x12\r\n\x05round\x18\x01 \x01(\x04\x12(\n\x05opens\x18\x02 \x03(\x0b\x32\x19.tidemill.control.Request\x12(\n\x04\x61sks\x18\x03 \x03(\x0b\x32\x1a.tidemill.control.DraftAsk\x12\x0e\n\x06\x63loses\x18\x04 \x03(\t"k\n\x05\x44raft\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x0f\n\x07parents\x18\x04 \x03(\x11\x12\x0f\n\x07\x63hances\x18\x05 \x03(\x02\x12\x0e\n\x06prefix\x18\x06 \x01(\x06"b\n\nDraftReply\x12\r\n\x05round\x18\x01 \x01(\x04\x12\'\n\x06\x64rafts\x18\x02 \x03(\x0b\x32\x17.tidemill.control.Draft\x12\x0c\n\x04lost\x18\x03 \x03(\t\x12\x0e\n\x06step_s\x18\x04 \x01(\x01"z\n\x0fOpenLinkRequest\x12&\n\x06sender\x18\x01 \x01(\x0b\x32\x16.tidemill.control.Peer\x12,\n\x08receiver\x18\x02 \x01(\x0b\x32\x1a.tidemill.control.WorkerId\x12\x11\n\tkv_layout\x18\x03 \x01(\t"2\n\rOpenLinkReply\x12\x12\n\nrendezvous\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t"\x11\n\x0f\x44\x65scribeRequest"\xb2\x01\n\x0b\x44\x65scription\x12$\n\x04peer\x18\x01 \x01(\x0b\x32\x16.tidemill.control.Peer\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x11\n\taccepting\x18\x03 \x01(\x08\x12$\n\x04load\x18\x04 \x01(\x0b\x32\x16.tidemill.control.Load\x12\x17\n\x0fmetrics_address\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x07 \x01(\t"/\n\x0eSetRoleRequest\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x64rain_s\x18\x02 \x01(\x01\x32\x82\x03\n\x06Worker\x12\x45\n\x06\x41ttach\x12\x19.tidemill.control.Command\x1a\x1c.tidemill.control.StepReport(\x01\x30\x01\x12G\n\x06\x44rafts\x12\x1b.tidemill.control.DraftCall\x1a\x1c.tidemill.control.DraftReply(\x01\x30\x01\x12N\n\x08OpenLink\x12!.tidemill.control.OpenLinkRequest\x1a\x1f.tidemill.control.OpenLinkReply\x12L\n\x08\x44\x65scribe\x12!.tidemill.control.DescribeRequest\x1a\x1d.tidemill.control.Description\x12J\n\x07SetRole\x12 .tidemill.control.SetRoleRequest\x1a\x1d.tidemill.control.Descriptionb\x06proto3'
-)
+
+
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1btidemill/core/control.proto\x12\x10tidemill.control\"\'\n\x08WorkerId\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\"?\n\x04Peer\x12&\n\x02id\x18\x01 \x01(\x0b\x32\x1a.tidemill.control.WorkerId\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xab\x02\n\x08Sampling\x12\x12\n\nmax_tokens\x18\x01 \x01(\r\x12\x13\n\x0btemperature\x18\x02 \x01(\x01\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\r\n\x05top_p\x18\x04 \x01(\x01\x12\r\n\x05min_p\x18\x05 \x01(\x01\x12\x1a\n\x12repetition_penalty\x18\x06 \x01(\x01\x12\x18\n\x10presence_penalty\x18\x07 \x01(\x01\x12\x19\n\x11\x66requency_penalty\x18\x08 \x01(\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x12\n\nignore_eos\x18\x0b \x01(\x08\x12\x11\n\x04seed\x18\x0c \x01(\x04H\x00\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\rH\x01\x88\x01\x01\x42\x07\n\x05_seedB\x0b\n\t_logprobs\"3\n\x03Slo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06ttft_s\x18\x02 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x03 \x01(\x01\"\x97\x01\n\x07Request\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x03(\r\x12\x0e\n\x06output\x18\x03 \x03(\r\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.tidemill.control.Sampling\x12\"\n\x03slo\x18\x05 \x01(\x0b\x32\x15.tidemill.control.Slo\x12\x0e\n\x06tenant\x18\x06 \x01(\t\"\x86\x01\n\x05Lease\x12\n\n\x02id\x18\x01 \x01(\x04\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12&\n\x06holder\x18\x03 \x01(\x0b\x32\x16.tidemill.control.Peer\x12\x13\n\x0b\x66irst_block\x18\x04 \x01(\r\x12\x11\n\tend_block\x18\x05 \x01(\r\x12\r\n\x05ttl_s\x18\x06 \x01(\x01\"\x86\x01\n\x07Reserve\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.tidemill.control.Request\x12\r\n\x05ttl_s\x18\x02 \x01(\x01\x12\'\n\x07\x64rafter\x18\x03 \x01(\x0b\x32\x16.tidemill.control.Peer\x12\x17\n\x0fheadroom_tokens\x18\x04 \x01(\r\"]\n\x06Submit\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.tidemill.control.Request\x12\'\n\x07\x64rafter\x18\x02 \x01(\x0b\x32\x16.tidemill.control.Peer\"]\n\x07Prefill\x12*\n\x07request\x18\x01 \x01(\x0b\x32\x19.tidemill.control.Request\x12&\n\x05lease\x18\x02 \x01(\x0b\x32\x17.tidemill.control.Lease\"\x1c\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"E\n\x07Migrate\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x05lease\x18\x02 \x01(\x0b\x32\x17.tidemill.control.Lease\",\n\x06Resume\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\r\"\x9f\x02\n\x07\x43ommand\x12,\n\x07reserve\x18\x01 \x01(\x0b\x32\x19.tidemill.control.ReserveH\x00\x12*\n\x06submit\x18\x02 \x01(\x0b\x32\x18.tidemill.control.SubmitH\x00\x12,\n\x07prefill\x18\x03 \x01(\x0b\x32\x19.tidemill.control.PrefillH\x00\x12*\n\x06\x63\x61ncel\x18\x04 \x01(\x0b\x32\x18.tidemill.control.CancelH\x00\x12,\n\x07migrate\x18\x05 \x01(\x0b\x32\x19.tidemill.control.MigrateH\x00\x12*\n\x06resume\x18\x06 \x01(\x0b\x32\x18.tidemill.control.ResumeH\x00\x42\x06\n\x04kind\"J\n\x0cLeaseGranted\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x05lease\x18\x02 \x01(\x0b\x32\x17.tidemill.control.Lease\"-\n\x07Refused\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"C\n\tPrefilled\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07queue_s\x18\x02 \x01(\x01\x12\x11\n\tprefill_s\x18\x03 \x01(\x01\"B\n\nFirstToken\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\x03 \x01(\x01\"Y\n\rTokenLogprobs\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x12\n\ntop_tokens\x18\x03 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x04 \x03(\x02\"\xbf\x01\n\x06Tokens\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12\x31\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1f.tidemill.control.TokenLogprobs\x12\x0f\n\x07\x64rafted\x18\x04 \x01(\r\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x05 \x01(\r\x12\x0e\n\x06\x66inish\x18\x06 \x01(\t\x12+\n\x05\x66irst\x18\x07 \x01(\x0b\x32\x1c.tidemill.control.FirstToken\"=\n\x06\x46\x61iled\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x66\x61ilure\x18\x02 \x01(\t\x12\x0e\n\x06\x64\x65tail\x18\x03 \x01(\t\".\n\x06Paused\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\"?\n\x07Staying\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x10\n\x08lease_id\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xda\x02\n\x05\x45vent\x12\x37\n\rlease_granted\x18\x01 \x01(\x0b\x32\x1e.tidemill.control.LeaseGrantedH\x00\x12,\n\x07refused\x18\x02 \x01(\x0b\x32\x19.tidemill.control.RefusedH\x00\x12\x30\n\tprefilled\x18\x03 \x01(\x0b\x32\x1b.tidemill.control.PrefilledH\x00\x12*\n\x06tokens\x18\x04 \x01(\x0b\x32\x18.tidemill.control.TokensH\x00\x12*\n\x06\x66\x61iled\x18\x05 \x01(\x0b\x32\x18.tidemill.control.FailedH\x00\x12*\n\x06paused\x18\x06 \x01(\x0b\x32\x18.tidemill.control.PausedH\x00\x12,\n\x07staying\x18\x07 \x01(\x0b\x32\x19.tidemill.control.StayingH\x00\x42\x06\n\x04kind\"\xce\x01\n\x04Load\x12\x17\n\x0fqueued_requests\x18\x01 \x01(\r\x12\x15\n\rqueued_tokens\x18\x02 \x01(\r\x12\x18\n\x10running_requests\x18\x03 \x01(\r\x12\x17\n\x0fkv_blocks_total\x18\x04 \x01(\r\x12\x16\n\x0ekv_blocks_used\x18\x05 \x01(\r\x12\x18\n\x10kv_blocks_leased\x18\x06 \x01(\r\x12\x12\n\nblock_size\x18\x07 \x01(\r\x12\r\n\x05steps\x18\x08 \x01(\x04\x12\x0e\n\x06step_s\x18\t \x01(\x01\"\xba\x01\n\nStepReport\x12*\n\x06worker\x18\x01 \x01(\x0b\x32\x1a.tidemill.control.WorkerId\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x11\n\taccepting\x18\x03 \x01(\x08\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12$\n\x04load\x18\x05 \x01(\x0b\x32\x16.tidemill.control.Load\x12\'\n\x06\x65vents\x18\x06 \x03(\x0b\x32\x17.tidemill.control.Event\"4\n\x05Shape\x12\r\n\x05\x64\x65pth\x18\x01 \x01(\r\x12\r\n\x05width\x18\x02 \x01(\r\x12\r\n\x05nodes\x18\x03 \x01(\r\"s\n\x08\x44raftAsk\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12&\n\x05shape\x18\x04 \x01(\x0b\x32\x17.tidemill.control.Shape\x12\r\n\x05\x61head\x18\x05 \x01(\r\"~\n\tDraftCall\x12\r\n\x05round\x18\x01 \x01(\x04\x12(\n\x05opens\x18\x02 \x03(\x0b\x32\x19.tidemill.control.Request\x12(\n\x04\x61sks\x18\x03 \x03(\x0b\x32\x1a.tidemill.control.DraftAsk\x12\x0e\n\x06\x63loses\x18\x04 \x03(\t\"k\n\x05\x44raft\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x02 \x01(\r\x12\x0e\n\x06tokens\x18\x03 \x03(\r\x12\x0f\n\x07parents\x18\x04 \x03(\x11\x12\x0f\n\x07\x63hances\x18\x05 \x03(\x02\x12\x0e\n\x06prefix\x18\x06 \x01(\x06\"b\n\nDraftReply\x12\r\n\x05round\x18\x01 \x01(\x04\x12\'\n\x06\x64rafts\x18\x02 \x03(\x0b\x32\x17.tidemill.control.Draft\x12\x0c\n\x04lost\x18\x03 \x03(\t\x12\x0e\n\x06step_s\x18\x04 \x01(\x01\"z\n\x0fOpenLinkRequest\x12&\n\x06sender\x18\x01 \x01(\x0b\x32\x16.tidemill.control.Peer\x12,\n\x08receiver\x18\x02 \x01(\x0b\x32\x1a.tidemill.control.WorkerId\x12\x11\n\tkv_layout\x18\x03 \x01(\t\"2\n\rOpenLinkReply\x12\x12\n\nrendezvous\x18\x01 \x01(\t\x12\r\n\x05group\x18\x02 \x01(\t\"\x11\n\x0f\x44\x65scribeRequest\"\xb2\x01\n\x0b\x44\x65scription\x12$\n\x04peer\x18\x01 \x01(\x0b\x32\x16.tidemill.control.Peer\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\x11\n\taccepting\x18\x03 \x01(\x08\x12$\n\x04load\x18\x04 \x01(\x0b\x32\x16.tidemill.control.Load\x12\x17\n\x0fmetrics_address\x18\x05 \x01(\t\x12\r\n\x05model\x18\x06 \x01(\t\x12\x0e\n\x06\x65ngine\x18\x07 \x01(\t\"/\n\x0eSetRoleRequest\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x64rain_s\x18\x02 \x01(\x01\x32\x82\x03\n\x06Worker\x12\x45\n\x06\x41ttach\x12\x19.tidemill.control.Command\x1a\x1c.tidemill.control.StepReport(\x01\x30\x01\x12G\n\x06\x44rafts\x12\x1b.tidemill.control.DraftCall\x1a\x1c.tidemill.control.DraftReply(\x01\x30\x01\x12N\n\x08OpenLink\x12!.tidemill.control.OpenLinkRequest\x1a\x1f.tidemill.control.OpenLinkReply\x12L\n\x08\x44\x65scribe\x12!.tidemill.control.DescribeRequest\x1a\x1d.tidemill.control.Description\x12J\n\x07SetRole\x12 .tidemill.control.SetRoleRequest\x1a\x1d.tidemill.control.Descriptionb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
-_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, "tidemill.core.control_pb2", _globals)
+_builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tidemill.core.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
-    DESCRIPTOR._loaded_options = None
-    _globals["_WORKERID"]._serialized_start = 49
-    _globals["_WORKERID"]._serialized_end = 88
-    _globals["_PEER"]._serialized_start = 90
-    _globals["_PEER"]._serialized_end = 153
-    _globals["_SAMPLING"]._serialized_start = 156
-    _globals["_SAMPLING"]._serialized_end = 455
-    _globals["_SLO"]._serialized_start = 457
-    _globals["_SLO"]._serialized_end = 508
-    _globals["_REQUEST"]._serialized_start = 511
-    _globals["_REQUEST"]._serialized_end = 662
-    _globals["_LEASE"]._serialized_start = 665
-    _globals["_LEASE"]._serialized_end = 799
-    _globals["_RESERVE"]._serialized_start = 802
-    _globals["_RESERVE"]._serialized_end = 936
-    _globals["_SUBMIT"]._serialized_start = 938
-    _globals["_SUBMIT"]._serialized_end = 1031
-    _globals["_PREFILL"]._serialized_start = 1033
-    _globals["_PREFILL"]._serialized_end = 1126
-    _globals["_CANCEL"]._serialized_start = 1128
-    _globals["_CANCEL"]._serialized_end = 1156
-    _globals["_MIGRATE"]._serialized_start = 1158
-    _globals["_MIGRATE"]._serialized_end = 1227
-    _globals["_RESUME"]._serialized_start = 1229
-    _globals["_RESUME"]._serialized_end = 1273
-    _globals["_COMMAND"]._serialized_start = 1276
-    _globals["_COMMAND"]._serialized_end = 1563
-    _globals["_LEASEGRANTED"]._serialized_start = 1565
-    _globals["_LEASEGRANTED"]._serialized_end = 1639
-    _globals["_REFUSED"]._serialized_start = 1641
-    _globals["_REFUSED"]._serialized_end = 1686
-    _globals["_PREFILLED"]._serialized_start = 1688
-    _globals["_PREFILLED"]._serialized_end = 1755
-    _globals["_FIRSTTOKEN"]._serialized_start = 1757
-    _globals["_FIRSTTOKEN"]._serialized_end = 1823
-    _globals["_TOKENLOGPROBS"]._serialized_start = 1825
-    _globals["_TOKENLOGPROBS"]._serialized_end = 1914
-    _globals["_TOKENS"]._serialized_start = 1917
-    _globals["_TOKENS"]._serialized_end = 2108
-    _globals["_FAILED"]._serialized_start = 2110
-    _globals["_FAILED"]._serialized_end = 2171
-    _globals["_PAUSED"]._serialized_start = 2173
-    _globals["_PAUSED"]._serialized_end = 2219
-    _globals["_STAYING"]._serialized_start = 2221
-    _globals["_STAYING"]._serialized_end = 2284
-    _globals["_EVENT"]._serialized_start = 2287
-    _globals["_EVENT"]._serialized_end = 2633
-    _globals["_LOAD"]._serialized_start = 2636
-    _globals["_LOAD"]._serialized_end = 2842
-    _globals["_STEPREPORT"]._serialized_start = 2845
-    _globals["_STEPREPORT"]._serialized_end = 3031
-    _globals["_SHAPE"]._serialized_start = 3033
-    _globals["_SHAPE"]._serialized_end = 3085
-    _globals["_DRAFTASK"]._serialized_start = 3087
-    _globals["_DRAFTASK"]._serialized_end = 3202
-    _globals["_DRAFTCALL"]._serialized_start = 3204
-    _globals["_DRAFTCALL"]._serialized_end = 3330
-    _globals["_DRAFT"]._serialized_start = 3332
-    _globals["_DRAFT"]._serialized_end = 3439
-    _globals["_DRAFTREPLY"]._serialized_start = 3441
-    _globals["_DRAFTREPLY"]._serialized_end = 3539
-    _globals["_OPENLINKREQUEST"]._serialized_start = 3541
-    _globals["_OPENLINKREQUEST"]._serialized_end = 3663
-    _globals["_OPENLINKREPLY"]._serialized_start = 3665
-    _globals["_OPENLINKREPLY"]._serialized_end = 3715
-    _globals["_DESCRIBEREQUEST"]._serialized_start = 3717
-    _globals["_DESCRIBEREQUEST"]._serialized_end = 3734
-    _globals["_DESCRIPTION"]._serialized_start = 3737
-    _globals["_DESCRIPTION"]._serialized_end = 3915
-    _globals["_SETROLEREQUEST"]._serialized_start = 3917
-    _globals["_SETROLEREQUEST"]._serialized_end = 3964
-    _globals["_WORKER"]._serialized_start = 3967
-    _globals["_WORKER"]._serialized_end = 4353
+  DESCRIPTOR._loaded_options = None
+  _globals['_WORKERID']._serialized_start=49
+  _globals['_WORKERID']._serialized_end=88
+  _globals['_PEER']._serialized_start=90
+  _globals['_PEER']._serialized_end=153
+  _globals['_SAMPLING']._serialized_start=156
+  _globals['_SAMPLING']._serialized_end=455
+  _globals['_SLO']._serialized_start=457
+  _globals['_SLO']._serialized_end=508
+  _globals['_REQUEST']._serialized_start=511
+  _globals['_REQUEST']._serialized_end=662
+  _globals['_LEASE']._serialized_start=665
+  _globals['_LEASE']._serialized_end=799
+  _globals['_RESERVE']._serialized_start=802
+  _globals['_RESERVE']._serialized_end=936
+  _globals['_SUBMIT']._serialized_start=938
+  _globals['_SUBMIT']._serialized_end=1031
+  _globals['_PREFILL']._serialized_start=1033
+  _globals['_PREFILL']._serialized_end=1126
+  _globals['_CANCEL']._serialized_start=1128
+  _globals['_CANCEL']._serialized_end=1156
+  _globals['_MIGRATE']._serialized_start=1158
+  _globals['_MIGRATE']._serialized_end=1227
+  _globals['_RESUME']._serialized_start=1229
+  _globals['_RESUME']._serialized_end=1273
+  _globals['_COMMAND']._serialized_start=1276
+  _globals['_COMMAND']._serialized_end=1563
+  _globals['_LEASEGRANTED']._serialized_start=1565
+  _globals['_LEASEGRANTED']._serialized_end=1639
+  _globals['_REFUSED']._serialized_start=1641
+  _globals['_REFUSED']._serialized_end=1686
+  _globals['_PREFILLED']._serialized_start=1688
+  _globals['_PREFILLED']._serialized_end=1755
+  _globals['_FIRSTTOKEN']._serialized_start=1757
+  _globals['_FIRSTTOKEN']._serialized_end=1823
+  _globals['_TOKENLOGPROBS']._serialized_start=1825
+  _globals['_TOKENLOGPROBS']._serialized_end=1914
+  _globals['_TOKENS']._serialized_start=1917
+  _globals['_TOKENS']._serialized_end=2108
+  _globals['_FAILED']._serialized_start=2110
+  _globals['_FAILED']._serialized_end=2171
+  _globals['_PAUSED']._serialized_start=2173
+  _globals['_PAUSED']._serialized_end=2219
+  _globals['_STAYING']._serialized_start=2221
+  _globals['_STAYING']._serialized_end=2284
+  _globals['_EVENT']._serialized_start=2287
+  _globals['_EVENT']._serialized_end=2633
+  _globals['_LOAD']._serialized_start=2636
+  _globals['_LOAD']._serialized_end=2842
+  _globals['_STEPREPORT']._serialized_start=2845
+  _globals['_STEPREPORT']._serialized_end=3031
+  _globals['_SHAPE']._serialized_start=3033
+  _globals['_SHAPE']._serialized_end=3085
+  _globals['_DRAFTASK']._serialized_start=3087
+  _globals['_DRAFTASK']._serialized_end=3202
+  _globals['_DRAFTCALL']._serialized_start=3204
+  _globals['_DRAFTCALL']._serialized_end=3330
+  _globals['_DRAFT']._serialized_start=3332
+  _globals['_DRAFT']._serialized_end=3439
+  _globals['_DRAFTREPLY']._serialized_start=3441
+  _globals['_DRAFTREPLY']._serialized_end=3539
+  _globals['_OPENLINKREQUEST']._serialized_start=3541
+  _globals['_OPENLINKREQUEST']._serialized_end=3663
+  _globals['_OPENLINKREPLY']._serialized_start=3665
+  _globals['_OPENLINKREPLY']._serialized_end=3715
+  _globals['_DESCRIBEREQUEST']._serialized_start=3717
+  _globals['_DESCRIBEREQUEST']._serialized_end=3734
+  _globals['_DESCRIPTION']._serialized_start=3737
+  _globals['_DESCRIPTION']._serialized_end=3915
+  _globals['_SETROLEREQUEST']._serialized_start=3917
+  _globals['_SETROLEREQUEST']._serialized_end=3964
+  _globals['_WORKER']._serialized_start=3967
+  _globals['_WORKER']._serialized_end=4353
 # @@protoc_insertion_point(module_scope)
