@@ -94,12 +94,11 @@ class Attempt:
         return found
 
     def _hear(self, worker: WorkerConnection, event: Event) -> None:
-        if self._move is not None and self._move.takes(worker, event):
-            return
-        if isinstance(event, Tokens):
-            self.tokens += event.tokens
-            self._decodes_on = worker
-        self._heard.put((worker, event))
+        for heard in self._move.passes(worker, event) if self._move is not None else ((worker, event),):
+            if isinstance(heard[1], Tokens):
+                self.tokens += heard[1].tokens
+                self._decodes_on = heard[0]
+            self._heard.put(heard)
 
     # --- moves --------------------------------------------------------------------------------------------------
 
@@ -118,7 +117,7 @@ class Attempt:
         arriving = target.open(request_id, self._hear)
         self._open.append(arriving)
         request = replace(self.request.resumed(self.tokens), id=request_id)
-        self._move = Move(source, arriving, request, self.tokens, clock)
+        self._move = Move(source, arriving, request, clock)
         return self._move
 
     def end_move(self) -> None:

@@ -1,16 +1,17 @@
 """One request's way from the verify worker it decodes on to another, while it decodes.
 
     1 reserve   the target holds blocks for the KV there is, and for what comes meanwhile
-    2 copy      the source sends full blocks while it decodes on; when little is left it pauses and sends that too
-    3 resume    the target is told the tokens that came meanwhile, and decodes the next
+    2 copy      the source sends full blocks while it decodes on; when little is left it pauses and sends that too,
+                with the tokens that came meanwhile
+    3 go on     the target decodes the next
     4 release   with that token the request has moved, and the source drops what it held
 
 Until then it can be called off at any moment, by whatever fails, and the source decodes on. The router alone decides
-that, so no request ever decodes in two places that both are listened to; and if it did, keyed noise would have them say
-the same.
+that: it listens to the source until it has paused and to the target after it, never to both.
 """
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TypeVar
@@ -68,53 +69,62 @@ class MoveTerms:
 class Move:
     """See the module. Made by an attempt, which hands it every event first; run by whoever asked for it."""
 
-    def __init__(
-        self, source: Conversation, target: Conversation, request: Request, tokens: list[int], clock: Clock
-    ) -> None:
-        """`request` is what the target shall know; `tokens` the attempt's own list of those that came."""
+    def __init__(self, source: Conversation, target: Conversation, request: Request, clock: Clock) -> None:
+        """`request` is what the target shall know: with all tokens that have come."""
         self._source = source
         self._target = target
         self._request = request
-        self._tokens = tokens
-        self._told = len(tokens)
         self._clock = clock
         self._lifecycle = Lifecycle(MoveState.RESERVING, MOVE_MOVES)
         self._inbox: Inbox[Event | None] = Inbox()  # a few answers; None: the attempt is over
         self._lease_id: int | None = None
         self._source_lost: Failed | None = None
+        self._early: list[Tokens] = []  # of the target, before it was heard that the source has paused
         self._paused_at = 0.0
         self.pause_s: float | None = None  # from the source's pause to the target's first token
 
     # --- what the attempt hears, at once ------------------------------------------------------------------------
 
-    def takes(self, worker: WorkerConnection, event: Event) -> bool:
-        """True if it is nothing to the request itself."""
-        if self._lifecycle.ended:
-            return False
-        if worker is self._target.worker:
-            if isinstance(event, Tokens):
-                self._arrive()
-            self._inbox.put(event)
-            return not isinstance(event, Tokens)
-        return worker is self._source.worker and self._takes_of_source(event)
+    def passes(self, worker: WorkerConnection, event: Event) -> Sequence[tuple[WorkerConnection, Event]]:
+        """What the request is to hear now that this came: nothing, if it is about the move alone."""
+        if not self._lifecycle.ended:
+            if worker is self._target.worker:
+                return self._heard_of_target(event)
+            if worker is self._source.worker:
+                return self._heard_of_source(event)
+        return [(worker, event)]
 
-    def _takes_of_source(self, event: Event) -> bool:
+    def _heard_of_target(self, event: Event) -> Sequence[tuple[WorkerConnection, Event]]:
+        if not isinstance(event, Tokens):
+            self._inbox.put(event)
+            return []
+        self._early.append(event)
+        return self._arrive() if self._lifecycle.state is MoveState.RESUMING else []
+
+    def _heard_of_source(self, event: Event) -> Sequence[tuple[WorkerConnection, Event]]:
         match event:
             case Paused(_, lease_id) | Staying(_, lease_id):
-                if lease_id == self._lease_id:  # or it is of an earlier move
-                    self._inbox.put(event)
-                return True
+                if lease_id != self._lease_id or self._lifecycle.state is not MoveState.COPYING:
+                    return []  # of an earlier move
+                self._inbox.put(event)
+                if isinstance(event, Staying):
+                    return []
+                self._paused_at = self._clock.monotonic()
+                self._lifecycle.move(MoveState.RESUMING)
+                return self._arrive() if self._early else []
             case Failed() if self._lifecycle.state is MoveState.RESUMING:
                 self._source_lost = event  # the target may have all of it
-                return True
+                return []
             case Tokens(finish=finish) if finish is not None:
                 self._inbox.put(event)
-        return False
+        return [(self._source.worker, event)]
 
-    def _arrive(self) -> None:
+    def _arrive(self) -> Sequence[tuple[WorkerConnection, Event]]:
         self._lifecycle.move(MoveState.MOVED)
         self.pause_s = self._clock.monotonic() - self._paused_at
         self._source.close(cancel=True)
+        self._inbox.put(self._early[0])
+        return [(self._target.worker, event) for event in self._early]
 
     def end(self) -> None:
         """The attempt is over, or the move."""
@@ -141,7 +151,7 @@ class Move:
         try:
             lease = await self._reserve(terms)
             await self._copy(lease, deadlines.move_s)
-            await self._resume(deadlines.resume_s)
+            await self._answer(Tokens, deadlines.resume_s)
             return MoveOutcome.MOVED
         except _CalledOff as reason:
             return reason.outcome
@@ -160,14 +170,8 @@ class Move:
 
     async def _copy(self, lease: Lease, timeout_s: float) -> None:
         self._lease_id = lease.id
-        self._tell(self._source, Migrate(self._source.request_id, lease))
+        self._tell(self._source, Migrate(self._source.request_id, lease, len(self._request.tokens)))
         await self._answer(Paused, timeout_s)
-        self._paused_at = self._clock.monotonic()
-        self._lifecycle.move(MoveState.RESUMING)
-
-    async def _resume(self, timeout_s: float) -> None:
-        self._tell(self._target, Resume(self._target.request_id, tuple(self._tokens[self._told :])))
-        await self._answer(Tokens, timeout_s)
 
     def _decode_on(self) -> None:
         """The source, as if nothing had been; it may not even have been asked."""

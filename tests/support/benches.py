@@ -232,7 +232,7 @@ def carry_kv(sender: Bench, receiver: Bench, most: int = 10**9) -> int:
     carried = 0
     while feeder is not None and feeder.waiting and carried < most:
         message = feeder.pop()
-        arrival = Arrival("link", str(sender.me.id), message.lease_id, message.first_block, message.kv)
+        arrival = Arrival("link", str(sender.me.id), message.lease_id, message.first_block, message.kv, message.output)
         receiver.verify.on_kv(arrival, receiver.clock.monotonic())
         feeder.sent(message, 0.001)
         carried += 1

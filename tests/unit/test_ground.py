@@ -142,8 +142,8 @@ commands = st.one_of(
     st.builds(messages.Submit, requests, st.none() | peers),
     st.builds(messages.Prefill, requests, leases),
     st.builds(messages.Cancel, names),
-    st.builds(messages.Migrate, names, leases),
-    st.builds(messages.Resume, names, tokens),
+    st.builds(messages.Migrate, names, leases, st.integers(0, 2**31)),
+    st.builds(messages.Resume, names),
 )
 
 

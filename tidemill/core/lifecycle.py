@@ -57,7 +57,7 @@ class MoveState(StrEnum):
 
     RESERVING = "reserving"
     COPYING = "copying"  # the source decodes on
-    RESUMING = "resuming"  # the source is paused
+    RESUMING = "resuming"  # the source has paused
     MOVED = "moved"
     CALLED_OFF = "called_off"  # it decodes where it did, unless it has ended
 

@@ -66,7 +66,7 @@ class Reserve:
     """Hold blocks for a request whose KV comes over a link, then decode it. Answer: `LeaseGranted` or `Refused`.
 
     With `headroom_tokens` the request decodes elsewhere meanwhile, and there are blocks for so many tokens more. It
-    decodes here once `Resume` has told them and their KV has come too.
+    decodes here once its last blocks have come, and those tokens with them.
     """
 
     request: Request
@@ -101,21 +101,21 @@ class Cancel:
 @dataclass(frozen=True, slots=True)
 class Migrate:
     """Send a decoding request's KV to the lease's holder while it decodes on; with little left, pause it and send that
-    too. Answer: `Paused` or `Staying`; none if the request has ended.
+    too, with the tokens that came after the `known_tokens` of prompt and output that the holder was told.
+
+    Answer: `Paused` or `Staying`; none if the request has ended.
     """
 
     request_id: str
     lease: Lease
+    known_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Decode a request here, which got `tokens` elsewhere since it was reserved; or, with none, decode it on where it
-    was to be moved away. Never answered; harmless if unknown, or if it decodes anyway.
-    """
+    """Decode a request on that was to be moved away. Never answered; harmless if unknown, or if it decodes anyway."""
 
     request_id: str
-    tokens: tuple[int, ...] = ()
 
 
 NewWork = Reserve | Submit | Prefill

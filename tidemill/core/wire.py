@@ -131,10 +131,12 @@ def command_to_pb(command: Command) -> pb.Command:
             return pb.Command(prefill=pb.Prefill(request=request_to_pb(request), lease=lease_to_pb(lease)))
         case Cancel(request_id):
             return pb.Command(cancel=pb.Cancel(request_id=request_id))
-        case Migrate(request_id, lease):
-            return pb.Command(migrate=pb.Migrate(request_id=request_id, lease=lease_to_pb(lease)))
-        case Resume(request_id, tokens):
-            return pb.Command(resume=pb.Resume(request_id=request_id, tokens=tokens))
+        case Migrate(request_id, lease, known_tokens):
+            return pb.Command(
+                migrate=pb.Migrate(request_id=request_id, lease=lease_to_pb(lease), known_tokens=known_tokens)
+            )
+        case Resume(request_id):
+            return pb.Command(resume=pb.Resume(request_id=request_id))
 
 
 def command_from_pb(message: pb.Command) -> Command:
@@ -154,9 +156,10 @@ def command_from_pb(message: pb.Command) -> Command:
         case "cancel":
             return Cancel(message.cancel.request_id)
         case "migrate":
-            return Migrate(message.migrate.request_id, lease_from_pb(message.migrate.lease))
+            migrate = message.migrate
+            return Migrate(migrate.request_id, lease_from_pb(migrate.lease), migrate.known_tokens)
         case "resume":
-            return Resume(message.resume.request_id, tuple(message.resume.tokens))
+            return Resume(message.resume.request_id)
         case kind:
             raise ValueError(f"unknown command {kind!r}: router and worker are of different releases")
 

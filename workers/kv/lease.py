@@ -19,13 +19,12 @@ class OpenLease:
     deadline: float  # monotonic seconds
     next_block: int
     lifecycle: Lifecycle[LeaseState]
-    wanted: int | None  # the block after the last that is needed; None while the request decodes elsewhere
-    output: tuple[int, ...] = ()  # what it got there since the lease was granted
+    moving: bool  # the request decodes elsewhere; which block is the last is said when it comes
     link: str = ""  # what feeds it, once something came
 
     @property
     def filled(self) -> bool:
-        return self.wanted is not None and self.next_block >= self.wanted
+        return not self.moving and self.next_block >= self.lease.end_block
 
 
 class LeaseTable:
@@ -51,8 +50,7 @@ class LeaseTable:
         self._next_id += 1
         lease = Lease(self._next_id, request.id, self._holder, blocks.first_block, blocks.end_block, ttl_s)
         lifecycle = Lifecycle(LeaseState.GRANTED, LEASE_MOVES)
-        wanted = None if moving else blocks.end_block
-        entry = OpenLease(lease, now + ttl_s, blocks.first_block, lifecycle, wanted)
+        entry = OpenLease(lease, now + ttl_s, blocks.first_block, lifecycle, moving)
         self._open[lease.id] = self._by_request[request.id] = entry
         return entry
 

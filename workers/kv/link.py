@@ -31,6 +31,8 @@ class KvMessage:
     request_id: str  # the sender's; does not travel
     first_block: int
     kv: Tensor  # [layers, blocks, 2, kv_heads, block_size, head_dim], contiguous
+    # With the last blocks of a request that moves: the tokens it got since they were reserved. It goes on there.
+    output: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -65,6 +67,7 @@ class Arrival:
     lease_id: int = 0
     first_block: int = 0
     kv: Tensor | None = None
+    output: tuple[int, ...] | None = None  # see KvMessage
     seconds: float = 0.0
     error: str = ""
     done: Callable[[], None] = _nothing

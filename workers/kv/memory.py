@@ -42,7 +42,8 @@ class _MemoryEnd:
         receiver = self._receivers.get(self._to)
         if self._closed or receiver is None:
             raise LinkError(f"{self._to} is gone")
-        receiver(Arrival(self._name, self._me, message.lease_id, message.first_block, message.kv.clone()))
+        kv = message.kv.clone()
+        receiver(Arrival(self._name, self._me, message.lease_id, message.first_block, kv, message.output))
 
     def close(self) -> None:
         if not self._closed:

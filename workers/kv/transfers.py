@@ -65,14 +65,15 @@ class Transfers:
         self._link_to(lease.holder, now).feeder.prepare()
         return transfer
 
-    def send(self, transfer: Transfer, end_block: int) -> None:
-        """Hand blocks [next_block, end_block) to the link, in messages of a bounded size."""
+    def send(self, transfer: Transfer, end_block: int, output: tuple[int, ...] | None = None) -> None:
+        """Hand blocks [next_block, end_block) to the link, in messages of a bounded size; `output` with the last."""
         feeder = self.feeder(transfer)
         at_once = max(MAX_MESSAGE_BYTES // self._engine.info.kv.block_bytes, 1)
         while transfer.next_block < end_block:
             until = min(transfer.next_block + at_once, end_block)
             kv = self._engine.export_kv(transfer.request_id, transfer.next_block, until)
-            feeder.put(KvMessage(transfer.lease.id, transfer.request_id, transfer.next_block, kv))
+            last = output if until == end_block else None
+            feeder.put(KvMessage(transfer.lease.id, transfer.request_id, transfer.next_block, kv, last))
             transfer.next_block = until
             transfer.unsent += 1
 

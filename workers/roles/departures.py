@@ -1,19 +1,19 @@
 """Requests that leave a verify worker while they decode; a part of its role. Runs on the engine's thread.
 
 Migrate -> each step: export full blocks, so many bytes at a time -> link -> lease on another verify worker
-        -> little is left: pause between two steps, export the rest, Paused
+        -> little is left: pause between two steps, export the rest, send it with the latest tokens; Paused
 Resume  -> the router calls it off: decodes on here
 Cancel  -> it has gone, or ended
 
-The staged copy is Llumnix's (Sun et al., OSDI 2024). Who decodes is for the router alone to say: a paused request stays
-paused until it does, whatever becomes of the link.
+The staged copy is Llumnix's (Sun et al., OSDI 2024). Whether it has gone is for the router alone to say: a paused
+request stays paused until it does, whatever becomes of the link.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from tidemill.core import metrics
-from tidemill.core.messages import Lease, Paused, Stay, Staying
+from tidemill.core.messages import Migrate, Paused, Stay, Staying
 from tidemill.core.metrics import Metrics
 from workers.engine.base import Engine
 from workers.kv.link import FeederFactory, KvMessage
@@ -27,10 +27,11 @@ LAST_BLOCKS = 2  # with fewer than that left, or as many, the request pauses
 
 @dataclass(slots=True, eq=False)
 class Departure:
-    """One of them. `tokens` is the role's own list."""
+    """One of them."""
 
     transfer: Transfer
-    tokens: list[int]
+    tokens: list[int]  # the role's own list
+    known_tokens: int  # of which the other worker has been told
     paused: bool = False
 
     @property
@@ -63,10 +64,10 @@ class Departures:
         self._transfers = Transfers(engine, metrics, feed, deliver, self._on_sent, self._on_failed)
         self._leaving: dict[str, Departure] = {}
 
-    def begin(self, request_id: str, tokens: list[int], lease: Lease, now: float) -> None:
-        """A newer lease replaces an older one."""
-        self.forget(request_id)
-        self._leaving[request_id] = Departure(self._transfers.begin(request_id, lease, now), tokens)
+    def begin(self, command: Migrate, tokens: list[int], now: float) -> None:
+        """`tokens` is the role's own list. The request must not be leaving already."""
+        transfer = self._transfers.begin(command.request_id, command.lease, now)
+        self._leaving[command.request_id] = Departure(transfer, tokens, command.known_tokens)
 
     def forget(self, request_id: str) -> bool:
         """It does not leave, or is gone: nothing more is sent. True if it was paused."""
@@ -98,7 +99,7 @@ class Departures:
             if self._transfers.feeder(transfer).backlog_bytes < LINK_BACKLOG_BYTES:
                 self._transfers.send(transfer, min(full, before + most))
             if self._is_short(transfer, wanted) and self._engine.pause(departure.request_id):
-                self._transfers.send(transfer, wanted)
+                self._transfers.send(transfer, wanted, tuple(departure.tokens[departure.known_tokens :]))
                 departure.paused = True
                 self._on_pause(departure.request_id)
                 self._outbox.emit(Paused(departure.request_id, transfer.lease.id))
@@ -107,9 +108,9 @@ class Departures:
         return transfer.next_block - before
 
     def _is_short(self, transfer: Transfer, wanted: int) -> bool:
-        """True if nothing would be waited for but the last blocks themselves."""
+        """True if nothing would be waited for but the last blocks, of which there is one at least, themselves."""
         sent = transfer.unsent == 0 and self._transfers.feeder(transfer).connected
-        return sent and wanted - transfer.next_block <= LAST_BLOCKS
+        return sent and 0 < wanted - transfer.next_block <= LAST_BLOCKS
 
     def _stay(self, departure: Departure, reason: Stay) -> None:
         self.forget(departure.request_id)

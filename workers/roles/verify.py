@@ -1,7 +1,7 @@
 """Verify and decode: hold leases until their KV is here, then give every request a token, or several, each step.
 
 Reserve -> engine.reserve -> lease -> blocks come over a link -> committed -> decodes
-           (moving here: the last of them, and Resume with the tokens got elsewhere)
+           (moving here: with the last of them, the tokens it got elsewhere)
 Submit  -> engine.submit  -> computes its prompt here ---------------------> decodes
 decodes: each step's tokens go out; drafts are asked for after a step and attached before the next
 Migrate -> it leaves for another verify worker while it decodes, see departures.py
@@ -18,7 +18,6 @@ from tidemill.core.messages import (
     DraftReply,
     Failure,
     FirstToken,
-    Lease,
     LeaseGranted,
     Migrate,
     Refusal,
@@ -94,10 +93,11 @@ class VerifyRole:
                 self._submit(request, drafter, now)
             case Cancel(request_id):
                 self.cancel(request_id)
-            case Migrate(request_id, lease):
-                self._migrate(request_id, lease, now)
-            case Resume(request_id, tokens):
-                self._resume(request_id, tokens, now)
+            case Migrate(request_id):
+                self._stay(request_id, now)
+                self._departures.begin(command, self._requests[request_id].tokens, now)
+            case Resume(request_id):
+                self._stay(request_id, now)
             case _:
                 refuse(self._outbox, command.request.id, Refusal.WRONG_ROLE)
 
@@ -146,22 +146,6 @@ class VerifyRole:
         self._outbox.forget(request_id)
         self._engine.release(request_id)
 
-    # --- moves from one verify worker to another ----------------------------------------------------------------
-
-    def _migrate(self, request_id: str, lease: Lease, now: float) -> None:
-        self._stay(request_id, now)
-        self._departures.begin(request_id, self._requests[request_id].tokens, lease, now)
-
-    def _resume(self, request_id: str, tokens: tuple[int, ...], now: float) -> None:
-        entry = self._leases.of_request(request_id)
-        if entry is None:
-            return self._stay(request_id, now)
-        self._requests[request_id].tokens += tokens
-        kv_tokens = len(self._requests[request_id].tokens) - 1
-        entry.output, entry.wanted = tokens, -(-kv_tokens // self._engine.info.kv.block_size)
-        if entry.filled:
-            self._commit(entry, now)
-
     def _stay(self, request_id: str, now: float) -> None:
         """It was leaving, and does not any more."""
         if self._departures.forget(request_id):
@@ -203,17 +187,18 @@ class VerifyRole:
         except Exception as error:  # a copy that fails costs the request, as a link that breaks does
             return self._fail(entry.lease.request_id, Failure.KV_LINK, f"{arrival.sender}: {error!r}")
         entry.next_block += kv.shape[1]
-        if entry.filled:
-            self._commit(entry, now)
+        if entry.filled or arrival.output is not None:
+            self._commit(entry, now, arrival.output or ())
 
-    def _commit(self, entry: OpenLease, now: float) -> None:
-        """All blocks are here: they are the sequence's now, and it decodes."""
+    def _commit(self, entry: OpenLease, now: float, output: tuple[int, ...] = ()) -> None:
+        """All blocks are here: they are the sequence's now, and it decodes. `output` came elsewhere meanwhile."""
         try:
-            self._engine.activate(entry.lease.request_id, entry.output)
+            self._engine.activate(entry.lease.request_id, output)
         except ValueError as error:
             return self._fail(entry.lease.request_id, Failure.ENGINE, str(error))
         self._end_lease(entry, LeaseState.COMMITTED)
         decoding = self._requests[entry.lease.request_id]
+        decoding.tokens += output
         decoding.started_at = decoding.received_kv_at = now
 
     def _end_lease(self, entry: OpenLease, state: LeaseState) -> None:

@@ -74,13 +74,13 @@ class Couple:
 
     def reserve(self, headroom: int = 40, ttl_s: float = 10.0) -> None:
         request = replace(self.request, id=self.NEW, output=self.source.tokens("r"))
-        self.told = len(request.output)
+        self.known = len(request.tokens)
         self.target.send(Reserve(request, ttl_s, self.drafter, headroom))
         self.target.turn()
 
     def migrate(self) -> None:
         self.lease = self.target.granted(self.NEW).lease
-        self.source.send(Migrate("r", self.lease))
+        self.source.send(Migrate("r", self.lease, self.known))
         self.source.turn()
 
     def begin(self, headroom: int = 40, ttl_s: float = 10.0) -> None:
@@ -100,8 +100,9 @@ class Couple:
             self.source.turn()
         raise AssertionError(f"it does not pause: {self.source.events('r')[-3:]}")
 
-    def resume(self) -> None:
-        self.target.send(Resume(self.NEW, self.source.tokens("r")[self.told :]))
+    def fill(self) -> None:
+        """The last blocks come."""
+        carry_kv(self.source, self.target)
         self.target.turn()
 
     def arrived(self) -> None:
@@ -148,10 +149,9 @@ def test_it_decodes_while_it_is_copied_and_goes_on_elsewhere(couple: Couple, mon
     paused_at = couple.source.tokens("r")
     couple.source.turn(3)
     assert couple.source.tokens("r") == paused_at
-    carry_kv(couple.source, couple.target)
     couple.target.drain()
-    assert not couple.target.tokens(couple.NEW), "nobody has told it the tokens"
-    couple.resume()
+    assert not couple.target.tokens(couple.NEW), "the last blocks are still on their way"
+    couple.fill()
     couple.arrived()
     assert couple.source.engine.load().kv_blocks_used == 0
     couple.target.drain()
@@ -170,32 +170,17 @@ def test_the_last_stage_is_short_and_nothing_is_computed_twice(couple: Couple) -
     assert isinstance(events[-2], Tokens), "the pause is said with the last tokens"
     sent = {report.events[-2:] for _, report in couple.source.sent if events[-1] in report.events}
     assert sent == {(events[-2], events[-1])}
-    carry_kv(couple.source, couple.target)
-    couple.resume()
+    couple.fill()
     assert len(couple.target.tokens(couple.NEW)) == 1
     rows = couple.target.metrics.registry.get_sample_value("tidemill_worker_step_tokens_sum", {"role": "verify"})
     assert rows == 1
-
-
-def test_the_tokens_may_come_before_the_blocks(couple: Couple) -> None:
-    couple.begin()
-    couple.until_paused()
-    couple.resume()
-    assert not couple.target.tokens(couple.NEW)
-    carry_kv(couple.source, couple.target)
-    couple.target.turn()
-    couple.arrived()
-    couple.target.drain()
-    assert couple.tokens == plain(couple.request)
-    couple.assert_empty()
 
 
 def test_room_that_was_not_needed_is_given_back(couple: Couple) -> None:
     couple.begin(headroom=50)
     assert couple.target.engine.load().kv_blocks_leased == -(-(104 + 50) // 16)
     couple.until_paused()
-    carry_kv(couple.source, couple.target)
-    couple.resume()
+    couple.fill()
     assert couple.target.engine.load().kv_blocks_used == -(-len(request_of().prompt + couple.tokens) // 16)
     couple.arrived()
     couple.target.send(Cancel(couple.NEW))
@@ -214,8 +199,7 @@ def test_what_the_target_has_is_not_sent(couple: Couple) -> None:
     couple.begin()
     assert couple.lease.first_block == 6
     couple.until_paused()
-    carry_kv(couple.source, couple.target)
-    couple.resume()
+    couple.fill()
     couple.arrived()
     couple.target.drain()
     assert couple.tokens == plain(couple.request)
@@ -232,14 +216,13 @@ def test_back_and_forth(couple: Couple) -> None:
         target.send(Reserve(replace(couple.request, id=new, output=got), 10.0, None, 40))
         target.turn()
         lease = target.granted(new).lease
-        source.send(Migrate(name, lease))
+        source.send(Migrate(name, lease, len(couple.request.prompt + got)))
         before = len(source.tokens(name))
         while Paused(name, lease.id) not in source.events(name):
             source.turn()
             carry_kv(source, target)
         carry_kv(source, target)
         since = source.tokens(name)[before:]
-        target.send(Resume(new, since))
         target.turn()
         source.send(Cancel(name))
         source.turn()
@@ -266,7 +249,7 @@ class TestNotMoved:
         bench.send(Submit(Request("long", tuple(range(3, 90)) * 3, couple.request.sampling)))
         bench.turn()
         couple.reserve()
-        bench.send(Migrate("long", couple.target.granted(couple.NEW).lease))
+        bench.send(Migrate("long", couple.target.granted(couple.NEW).lease, 261))
         bench.turn()
         assert isinstance(bench.last("long"), Staying)
         bench.send(Cancel("long"))
@@ -295,7 +278,7 @@ class TestNotMoved:
         couple.source.drain()
         assert couple.source.tokens("r") == plain(couple.request)
         assert not couple.paused
-        couple.source.send(Migrate("r", couple.lease))
+        couple.source.send(Migrate("r", couple.lease, 100))
         couple.stays()
 
     @pytest.mark.parametrize("carried", [0, 1, 3])
@@ -318,13 +301,10 @@ class TestNotMoved:
             assert isinstance(last, LeaseGranted), "nothing has come over that link, so it knows of none"
         couple.stays()
 
-    @pytest.mark.parametrize("resumed", [False, True])
-    def test_the_link_breaks_with_the_last_blocks(self, couple: Couple, resumed: bool) -> None:
+    def test_the_link_breaks_with_the_last_blocks(self, couple: Couple) -> None:
         """Only the router may say that it decodes on: the target could have had them."""
         couple.begin()
         couple.until_paused()
-        if resumed:
-            couple.resume()
         break_link(couple.source, couple.target)
         paused_at = couple.source.tokens("r")
         couple.source.turn(3)
@@ -338,7 +318,6 @@ class TestNotMoved:
     def test_the_last_blocks_get_lost_and_the_lease_expires(self, couple: Couple) -> None:
         couple.begin()
         couple.until_paused()
-        couple.resume()
         next(iter(couple.source.feeders.values())).waiting.clear()
         couple.target.turn(advance_s=10.1)
         last = couple.target.last(couple.NEW)
@@ -353,18 +332,20 @@ class TestNotMoved:
         assert couple.target.last(couple.NEW) == Refused(couple.NEW, Refusal.DRAINING)
         couple.stays()
 
-    def test_more_tokens_than_there_was_room_for_fail_it_there(self, couple: Couple) -> None:
-        couple.begin(headroom=1)
-        couple.target.send(Resume(couple.NEW, plain(couple.request)[5:50]))
-        couple.target.turn()
-        carry_kv(couple.source, couple.target)
-        couple.source.turn()
-        couple.target.turn()
-        assert not couple.target.tokens(couple.NEW)
+    def test_tokens_that_do_not_fit_fail_it_there(self, couple: Couple) -> None:
+        """The source takes the target to know fewer than it does."""
+        couple.reserve(headroom=10)
+        couple.known -= 40
+        couple.migrate()
+        couple.until_paused()
+        couple.fill()
+        last = couple.target.last(couple.NEW)
+        assert isinstance(last, Failed)
+        assert last.failure is Failure.ENGINE
         couple.stays()
 
 
-STAGES = ["reserved", "copying", "paused", "resumed", "filled", "moved"]
+STAGES = ["reserved", "copying", "paused", "filled", "moved"]
 
 
 def bring_to(couple: Couple, stage: str) -> None:
@@ -372,7 +353,6 @@ def bring_to(couple: Couple, stage: str) -> None:
         "reserved": couple.reserve,
         "copying": lambda: (couple.migrate(), couple.source.turn(2)),
         "paused": couple.until_paused,
-        "resumed": couple.resume,
         "filled": lambda: carry_kv(couple.source, couple.target),
         "moved": couple.target.turn,
     }
@@ -444,8 +424,7 @@ def test_a_newer_lease_replaces_an_older_one(couple: Couple) -> None:
     couple.NEW = "r/again"  # type: ignore[misc]
     couple.begin()
     couple.until_paused()
-    carry_kv(couple.source, couple.target)
-    couple.resume()
+    couple.fill()
     couple.arrived()
     couple.target.drain()
     assert couple.tokens == plain(couple.request)
