@@ -60,6 +60,7 @@ bench: env .venv-vllm/.installed
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.kv_link
+	$(BIN)/python -m benchmarks.migration
 	$(BIN)/python -m benchmarks.router_throughput --ray-serve
 
 .venv-vllm/.installed: requirements/bench-vllm.txt

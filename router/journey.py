@@ -27,7 +27,8 @@ class Journey:
     pauses: int = 0  # in a row, without a place
     without_place_since: float = 0.0
     kv_from: WorkerId | None = None  # the prefill worker whose KV is on its way
-    failures: int = 0
+    retries: int = 0  # attempts that came to nothing
+    failures: int = 0  # those of them that a worker is to blame for
     split_reason: str = ""
     prefill_worker: str = ""
     verify_worker: str = ""
@@ -108,6 +109,6 @@ class Journey:
                 self.tpot_s,
                 now - self.arrived_at,
             ),
-            route=Route(self.prefill_worker, self.verify_worker, self.draft_worker, self.split_reason, self.failures),
+            route=Route(self.prefill_worker, self.verify_worker, self.draft_worker, self.split_reason, self.retries),
             speculation=Speculation(self.verify_steps, self.drafted, self.accepted),
         )

@@ -214,6 +214,7 @@ class Router:
 
     def _try_again(self, journey: Journey, failure: AttemptFailed) -> None:
         """Raises Unavailable when the request has failed too often. A worker that became another's is no failure."""
+        journey.retries += 1
         if failure.failure != Failure.ROLE_CHANGED:
             journey.failures += 1
             journey.avoid.add(failure.worker)
