@@ -1,12 +1,14 @@
-# make demo: bring a cluster up, serve a dozen prompts, print where their time went, take it down.
+# make demo: bring a cluster up, serve a dozen prompts, print where their time went, take it down. ENGINE=vllm: on vLLM.
 # make test: every test, lint and type check.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+VLLM := .venv-vllm
+DEPLOY_TOOLS := prometheus openssh-server openssh-client iproute2 rsync openssl git
 PROTOS := tidemill/proto/inference.proto tidemill/core/control.proto
 
-.PHONY: help env demo test lint types unit e2e identity switches docs bench protos clean
+.PHONY: help env demo test test-vllm test-deploy lint types unit e2e identity switches docs bench protos clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
@@ -21,8 +23,14 @@ $(VENV)/.installed: requirements/dev.txt pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
+ENGINE ?= native
+ifeq ($(ENGINE),vllm)
+demo: $(VLLM)/.installed
+	@$(VLLM)/bin/tidemill demo -c deploy/vllm.yaml
+else
 demo: env
 	@$(BIN)/tidemill demo
+endif
 
 # make unit: the tests that need no process but their own, under a minute.
 unit: env
@@ -40,33 +48,47 @@ e2e: env
 	$(BIN)/python -m pytest tests/e2e
 
 test: lint types env
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --ignore=tests/deploy
+
+# make test-deploy: what operators use, for real: Prometheus, and `ray up` on three hosts. Needs Debian and root.
+test-deploy: env
+	@missing=$$(for each in $(DEPLOY_TOOLS); do dpkg -s $$each >/dev/null 2>&1 || echo $$each; done); \
+	  test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing; }
+	$(BIN)/python -m pytest tests/deploy
 
 # make identity: the same tokens through every way, for all held-out prompts.
 identity: env
-	$(BIN)/python -m pytest tests/e2e/test_identity.py --all-prompts --timeout 1200
+	$(BIN)/python -m pytest tests/e2e/test_identity.py tests/e2e/test_drafts.py --all-prompts --timeout 1200
 
 # make switches: 60 changes of role in a row under streaming load.
 switches: env
 	$(BIN)/python -m pytest tests/e2e/test_moves.py -k changes_of_role --all-switches --timeout 1200
 
-# make docs: the pages that are made from declarations.
+# make docs: the pages, dashboards and rules that are made from declarations.
 docs: env
 	$(BIN)/python docs/build.py
+	$(BIN)/python -m dashboards.build
 
 # make bench: the measurements of the README, against vLLM on the same core (makes a second environment for it).
-bench: env .venv-vllm/.installed
+bench: env $(VLLM)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/bench-serve.txt
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.kv_link
 	$(BIN)/python -m benchmarks.migration
+	$(BIN)/python -m benchmarks.scraping
 	$(BIN)/python -m benchmarks.router_throughput --ray-serve
 
-.venv-vllm/.installed: requirements/bench-vllm.txt
-	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/bench-vllm.txt
+$(VLLM)/.installed: requirements/vllm.txt pyproject.toml
+	@echo "making the environment with vLLM in $(VLLM) (2.5 GB, some minutes the first time)"
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
+
+# make test-vllm: what every engine must keep, on vLLM, and what is vLLM's own; under five minutes.
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest -m vllm tests/contract tests/vllm
 
 # make protos: the generated code beside the .proto files.
 protos: env
@@ -75,4 +97,4 @@ protos: env
 	  --mypy_out=. --mypy_grpc_out=. $$proto; done
 
 clean:
-	rm -rf $(VENV) .venv-vllm build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from cluster.bench.command import bench
 from tidemill import Client, Message, TidemillError
 from tidemill.core.model import Role
 from tidemill.core.settings import SettingsError, load_settings
@@ -89,7 +90,8 @@ def status(
     with _told_plainly():
         from cluster import launch  # noqa: PLC0415
 
-        described = launch.status(_state(name))
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints what it hears of nodes; scripts read JSON here
+            described = launch.status(_state(name))
     if as_json:
         out.print_json(json.dumps(described))
         return
@@ -187,6 +189,9 @@ def demo(
 
         _say("reading the settings")
         run_demo(load_settings(config), requests, max_tokens, out, _say)
+
+
+app.command()(bench)
 
 
 def main() -> None:

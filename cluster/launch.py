@@ -20,7 +20,9 @@ from cluster.pools import CONTROLLER, ROUTER, Pools, find
 from tidemill.core.model import Role
 from tidemill.core.settings import Settings
 
-READY_TIMEOUT_S = 120.0
+SWITCH_TIMEOUT_S = 120.0
+NODES_PERIOD_S = 2.0
+STOP_TIMEOUT_S = 30.0  # a drain, and what comes after it
 Say = Callable[[str], None]
 
 
@@ -97,7 +99,9 @@ def up(settings: Settings, say: Say) -> ClusterState:
     Raises LaunchError, and whatever the settings' models make the workers raise.
     """
     running = read_state(settings.name)
-    if running is not None:
+    if running is not None and not _is_up(running):
+        _forget(running)
+    elif running is not None:
         raise LaunchError(
             f"cluster {settings.name!r} is up already, at {running.router_address}; "
             "use it, end it with `tidemill down`, or give this one another `name`"
@@ -107,23 +111,55 @@ def up(settings: Settings, say: Say) -> ClusterState:
     _write_state(state)
     try:
         connect(state)
+        _wait_for_nodes(settings, say)
         say("starting the router and the workers")
         pools = Pools(settings)
         workers = pools.first_workers()
         router = pools.start_router()
         handles = {name: pools.start_worker(name, role) for name, role in workers}
-        address: str = _wait_for(router.start.remote(), "the router")
+        ready_s = settings.ray.ready_s
+        address: str = _wait_for(router.start.remote(), "the router", ready_s)
         for name, handle in handles.items():
-            _wait_for(handle.describe.remote(), name)
+            _wait_for(handle.describe.remote(), name, ready_s)
             say(f"{name} is ready")
-        start_controller([name for name, _ in workers])
-        _wait_until_serving(router, len(workers))
+        start_controller(settings, [name for name, _ in workers])
+        _wait_until_serving(router, len(workers), ready_s)
         state = ClusterState(**(asdict(state) | {"router_address": address, "workers": tuple(handles)}))
         _write_state(state)
         return state
     except BaseException:
         down(state, say)
         raise
+
+
+def _is_up(state: ClusterState) -> bool:
+    """False if the Ray cluster it lived in ended without `down`."""
+    if state.head_pid is not None:
+        return True
+    try:
+        connect(state)
+        find(ROUTER)
+    except (LaunchError, ValueError):
+        return False
+    return True
+
+
+def _wait_for_nodes(settings: Settings, say: Say) -> None:
+    """Raises LaunchError if too few come, or if there are several and workers could not be reached on them."""
+    wanted, deadline = settings.ray.min_nodes, time.monotonic() + settings.ray.ready_s
+    while (nodes := sum(node["Alive"] for node in ray.nodes())) < wanted:
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"the Ray cluster has {nodes} of {wanted} nodes (ray.min_nodes) after {settings.ray.ready_s:.0f} s "
+                "(ray.ready_s); see `ray status`"
+            )
+        say(f"{nodes} of {wanted} nodes are there")
+        time.sleep(NODES_PERIOD_S)
+    if nodes > 1 and settings.network.tls is None:
+        raise LaunchError(
+            f"the Ray cluster has {nodes} nodes, and without network.tls workers listen on loopback only; "
+            "set network.tls, see docs/operations.md"
+        )
 
 
 def _check_folders(settings: Settings) -> None:
@@ -148,12 +184,12 @@ def _ray(settings: Settings, say: Say) -> ClusterState:
     return ClusterState(settings.name, address, token, pid, str(folder))
 
 
-def _wait_for(reference: Any, what: str) -> Any:
+def _wait_for(reference: Any, what: str, timeout_s: float) -> Any:
     """Raises LaunchError with the cause, in one line, if an actor cannot be made."""
     try:
-        return ray.get(reference, timeout=READY_TIMEOUT_S)
+        return ray.get(reference, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
-        raise LaunchError(f"{what} was not ready within {READY_TIMEOUT_S:.0f} s; see Ray's logs") from error
+        raise LaunchError(f"{what} was not ready within {timeout_s:.0f} s (ray.ready_s); see Ray's logs") from error
     except RayError as error:
         raise LaunchError(f"{what} did not start: {_cause(error)}") from error
 
@@ -164,9 +200,9 @@ def _cause(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _wait_until_serving(router: Any, workers: int) -> None:
+def _wait_until_serving(router: Any, workers: int, timeout_s: float) -> None:
     """Every worker's stream to the router is open."""
-    deadline = time.monotonic() + READY_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         seen = ray.get(router.describe.remote())["workers"]
         if sum(worker["state"] == "serving" for worker in seen) >= workers:
@@ -183,6 +219,8 @@ def status(state: ClusterState) -> dict[str, Any]:
         reports = ray.get(find(CONTROLLER).reports.remote(), timeout=10.0)
     except (RayError, ValueError) as error:
         raise LaunchError(f"cluster {state.name!r} does not answer: {_cause(error)}") from error
+    finally:
+        ray.shutdown()  # or Ray goes on to say on standard output what happens in the cluster
     by_name = {report.peer.id.name: report for report in reports.values() if report is not None}
     for worker in described["workers"]:
         report = by_name.get(worker["worker"].partition("@")[0])
@@ -195,7 +233,7 @@ def change_role(state: ClusterState, worker: str, role: Role) -> str:
     """Have a worker take another role; returns its new name@epoch. Raises LaunchError."""
     connect(state)
     try:
-        report = ray.get(find(worker).set_role.remote(str(role)), timeout=READY_TIMEOUT_S)
+        report = ray.get(find(worker).set_role.remote(str(role)), timeout=SWITCH_TIMEOUT_S)
     except ValueError as error:
         raise LaunchError(f"there is no worker {worker!r}; there are {', '.join(state.workers)}") from error
     except RayError as error:
@@ -226,11 +264,11 @@ def _stop_actors(state: ClusterState) -> None:
             actor = find(name)
         except ValueError:
             continue
-        if name == ROUTER:
+        if name in (CONTROLLER, ROUTER):
             _wait_quietly(actor.stop.remote())
         ray.kill(actor, no_restart=True)
 
 
 def _wait_quietly(reference: Any) -> None:
     with contextlib.suppress(RayError):
-        ray.get(reference, timeout=5.0)
+        ray.get(reference, timeout=STOP_TIMEOUT_S)

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tidemill.core.model import Member, Peer, Role
 from tidemill.core.settings import Settings
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 ROUTER, CONTROLLER = "router", "controller"
 DESCRIBE_TIMEOUT_S = 2.0
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,9 @@ class WorkerReport:
 class WorkerActor:
     """Holds one workers.Worker. Ray restarts it when its process dies; it then comes back under a new epoch."""
 
-    def __init__(self, name: str, role: str, settings: Settings, host: str) -> None:
+    def __init__(self, name: str, role: str, settings: Settings) -> None:
         _log_to_stderr()
+        host = ray.util.get_node_ip_address() if settings.network.tls else LOOPBACK
         from workers.worker import Worker  # noqa: PLC0415 - torch is imported where the accelerator is
 
         self._worker = Worker(name, Role(role), settings, host=host)
@@ -64,6 +67,7 @@ class RouterActor:
         from router.server import RouterServer  # noqa: PLC0415 - as above
 
         self._server = RouterServer(settings)
+        self._drain_s = settings.deadlines.drain_s
 
     async def start(self) -> str:
         return await self._server.start()
@@ -75,7 +79,8 @@ class RouterActor:
         return self._server.describe() | {"pid": os.getpid()}
 
     async def stop(self) -> None:
-        await self._server.stop()
+        """Requests that run may end within the time a drain may take."""
+        await self._server.stop(self._drain_s)
 
 
 def _log_to_stderr() -> None:
@@ -86,14 +91,13 @@ def _log_to_stderr() -> None:
 class Pools:
     """Makes and finds the actors of one cluster; the current process must be connected to Ray."""
 
-    def __init__(self, settings: Settings, host: str = "127.0.0.1") -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._host = host
 
     def start_router(self) -> ActorHandle:
         """Constructed, not yet listening."""
         actor = ray.remote(RouterActor).options(
-            name=ROUTER, lifetime="detached", num_cpus=0, max_restarts=0, max_concurrency=64
+            name=ROUTER, lifetime="detached", num_cpus=0, max_restarts=0, max_concurrency=64, scheduling_strategy=here()
         )
         return actor.remote(self._settings)
 
@@ -105,17 +109,24 @@ class Pools:
             lifetime="detached",
             num_cpus=options.cpus_per_worker,
             num_gpus=options.gpus_per_worker,
+            resources=options.resources.get(role, {}),
+            scheduling_strategy="SPREAD",  # the loss of a node costs a part of each pool
             max_restarts=options.max_restarts,
             max_concurrency=4,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._settings.engine.threads)}},
         )
-        return actor.remote(name, str(role), self._settings, self._host)
+        return actor.remote(name, str(role), self._settings)
 
     def first_workers(self) -> list[tuple[str, Role]]:
         """Name and role of every worker the settings ask for."""
         counts = self._settings.pools
         roles = {Role.PREFILL: counts.prefill, Role.DRAFT: counts.draft, Role.VERIFY: counts.verify}
         return [(f"{role}-{index}", role) for role, count in roles.items() for index in range(count)]
+
+
+def here() -> NodeAffinitySchedulingStrategy:
+    """On this process' node: the address of clients, and the files of secrets and targets, are the head's."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def find(name: str) -> ActorHandle:

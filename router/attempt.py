@@ -59,6 +59,15 @@ class Attempt:
         except WorkerLost as error:
             raise AttemptFailed(worker.peer.id, Failure.STOPPING, str(error)) from error
 
+    def add(self, worker: WorkerSnapshot, command: Command) -> None:
+        """Another command in an open conversation. Raises AttemptFailed if the worker has gone meanwhile."""
+        for conversation in self._open:
+            if conversation.worker.peer.id == worker.peer.id:
+                try:
+                    conversation.send(command)
+                except WorkerLost as error:
+                    raise AttemptFailed(worker.peer.id, Failure.STOPPING, str(error)) from error
+
     async def next(self, timeout_s: float, blame: WorkerId) -> Event:
         """The next event. Raises AttemptRefused or AttemptFailed; `blame` is who failed if nothing comes in time."""
         return _checked(*await self._next(timeout_s, blame))
@@ -127,10 +136,10 @@ class Attempt:
             if move.kept_back is not None and self._decodes_on is not None:
                 self._heard.put((self._decodes_on, move.kept_back))
 
-    def leave(self, worker: WorkerSnapshot | None) -> None:
-        """A worker that has done its part: what becomes of it does not matter to the request any more."""
+    def leave(self, worker: WorkerSnapshot | None, *, cancel: bool = False) -> None:
+        """A worker that has done its part, or will not: what becomes of it does not matter to the request any more."""
         for conversation in [each for each in self._open if worker and each.worker.peer.id == worker.peer.id]:
-            conversation.close(cancel=False)
+            conversation.close(cancel=cancel)
             self._open.remove(conversation)
 
     def close(self, finish: FinishReason | None) -> None:

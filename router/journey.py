@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from tidemill.core.lifecycle import REQUEST_MOVES, Lifecycle, RequestState
 from tidemill.core.messages import FirstToken, Prefilled, Tokens
 from tidemill.core.model import Request, WorkerId
+from tidemill.core.promises import sameness
 from tidemill.types import FinishReason, Route, Speculation, Summary, Timing
 
 
@@ -27,6 +28,7 @@ class Journey:
     pauses: int = 0  # in a row, without a place
     without_place_since: float = 0.0
     kv_from: WorkerId | None = None  # the prefill worker whose KV is on its way
+    kv_lost: bool = False  # the prefill worker failed, and the verify worker computes what has not come
     retries: int = 0  # attempts that came to nothing
     failures: int = 0  # those of them that a worker is to blame for
     split_reason: str = ""
@@ -48,6 +50,7 @@ class Journey:
 
         A worker may still be sending tokens of an earlier attempt when it is given a new one; the id tells them apart.
         """
+        self.kv_lost = False
         return replace(self.request.resumed(self.sent), id=self.next_id())
 
     def next_id(self) -> str:
@@ -89,8 +92,8 @@ class Journey:
         """Mean seconds per output token after the first; 0 with fewer than two."""
         return (self.last_at - self.first_at) / (len(self.sent) - 1) if len(self.sent) > 1 else 0.0
 
-    def summary(self, model: str, now: float) -> Summary:
-        """For the client, once finished."""
+    def summary(self, model: str, engine: str, now: float) -> Summary:
+        """For the client, once finished. `engine`: the kind that served it."""
         assert self.finish is not None
         timing = self.timing
         return Summary(
@@ -111,4 +114,5 @@ class Journey:
             ),
             route=Route(self.prefill_worker, self.verify_worker, self.draft_worker, self.split_reason, self.retries),
             speculation=Speculation(self.verify_steps, self.drafted, self.accepted),
+            sameness=sameness(engine, self.request.sampling),
         )

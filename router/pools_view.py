@@ -15,6 +15,7 @@ import grpc
 
 from tidemill.core import control_pb2 as pb
 from tidemill.core import wire
+from tidemill.core.channels import NodeChannels
 from tidemill.core.clock import Clock
 from tidemill.core.control_pb2_grpc import WorkerStub
 from tidemill.core.messages import Cancel, Command, Event, Failed, Failure, Prefill, Prefilled, StepReport
@@ -24,13 +25,6 @@ log = logging.getLogger(__name__)
 
 STALE_AFTER_S = 3.0  # workers report at least every half second; one silent for longer gets no new requests
 RETRY_S, MAX_RETRY_S = 0.1, 2.0
-OPTIONS = [
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
-    ("grpc.max_send_message_length", 64 * 1024 * 1024),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),
-]
 
 
 class WorkerLost(Exception):
@@ -40,11 +34,15 @@ class WorkerLost(Exception):
 Attach = Callable[[str, AsyncIterator[pb.Command]], AsyncGenerator[pb.StepReport, None]]
 
 
-async def attach(address: str, commands: AsyncIterator[pb.Command]) -> AsyncGenerator[pb.StepReport, None]:
-    """The stream to a worker, over a channel of its own. Raises AioRpcError when it breaks."""
-    async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
-        async for report in WorkerStub(channel).Attach(commands):
-            yield report
+def attach_over(channels: NodeChannels) -> Attach:
+    """The stream to a worker, over a channel of its own; it raises AioRpcError when it breaks."""
+
+    async def attach(address: str, commands: AsyncIterator[pb.Command]) -> AsyncGenerator[pb.StepReport, None]:
+        async with channels.open(address) as channel:
+            async for report in WorkerStub(channel).Attach(commands):
+                yield report
+
+    return attach
 
 
 # How a request hears of its workers: (worker, event).
@@ -206,10 +204,8 @@ class WorkerConnection:
 class PoolsView:
     """All members."""
 
-    def __init__(
-        self, clock: Clock, on_cancelled: Callable[[float], None] = lambda _: None, attach: Attach = attach
-    ) -> None:
-        """See WorkerConnection, of `on_draining` too. `attach` is for tests without a network."""
+    def __init__(self, clock: Clock, attach: Attach, on_cancelled: Callable[[float], None] = lambda _: None) -> None:
+        """See WorkerConnection, of `on_draining` too."""
         self._clock = clock
         self._on_cancelled = on_cancelled
         self._attach = attach

@@ -32,7 +32,18 @@ from router.pools_view import PoolsView
 from tidemill.core import metrics
 from tidemill.core.clock import Clock
 from tidemill.core.lifecycle import RequestState
-from tidemill.core.messages import Failure, Lease, LeaseGranted, Prefill, Prefilled, Refusal, Reserve, Submit, Tokens
+from tidemill.core.messages import (
+    Failure,
+    Lease,
+    LeaseGranted,
+    Prefill,
+    Prefilled,
+    Proceed,
+    Refusal,
+    Reserve,
+    Submit,
+    Tokens,
+)
 from tidemill.core.metrics import Metrics
 from tidemill.core.model import Peer, PoolSnapshot, Request, Role, WorkerId, WorkerSnapshot
 from tidemill.core.settings import Settings
@@ -153,20 +164,44 @@ class Router:
         if lease.first_block < lease.end_block:
             attempt.tell(placement.prefill, Prefill(attempt.request, lease))
             journey.kv_from = placement.prefill.peer.id
-            done = await attempt.expect(Prefilled, self._settings.deadlines.prefill_s, placement.prefill.peer.id)
+            try:
+                done = await attempt.expect(Prefilled, self._settings.deadlines.prefill_s, placement.prefill.peer.id)
+            except AttemptFailed as failure:
+                self._without_prefill(journey, attempt, placement, failure)
         journey.lifecycle.move(RequestState.PREFILLED)
         journey.prefilled(done, self._clock.monotonic())
+
+    def _without_prefill(
+        self, journey: Journey, attempt: Attempt, placement: Placement, failure: AttemptFailed
+    ) -> None:
+        """A prefill worker that fails costs only the KV that has not come: the verify worker computes that itself.
+
+        Raises `failure` if another worker failed.
+        """
+        if placement.prefill is None or journey.kv_from is None or failure.worker != journey.kv_from:
+            raise failure
+        self._metrics.add(metrics.RETRIES, failure=failure.failure)
+        log.warning("request %s goes on without its prefill worker: %s", journey.request.id, failure)
+        journey.avoid.add(failure.worker)
+        journey.kv_from, journey.kv_lost = None, True
+        attempt.leave(placement.prefill, cancel=True)
+        attempt.add(placement.verify, Proceed(attempt.request.id))
 
     async def _decode(
         self, journey: Journey, attempt: Attempt, placement: Placement
     ) -> AsyncGenerator[list[Tokens], None]:
         """The first token may take a prompt's time, those after it a step's."""
         deadlines = self._settings.deadlines
-        patience_s = deadlines.transfer_s if placement.prefill else deadlines.prefill_s
+        patience_s = deadlines.transfer_s if placement.prefill and not journey.kv_lost else deadlines.prefill_s
         slo_class = journey.request.slo.name
         while journey.finish is None:
             decodes_on = attempt.decodes_on or placement.verify
-            event = await attempt.next(patience_s, decodes_on.peer.id)
+            try:
+                event = await attempt.next(patience_s, decodes_on.peer.id)
+            except AttemptFailed as failure:
+                self._without_prefill(journey, attempt, placement, failure)
+                patience_s = deadlines.prefill_s
+                continue
             if not isinstance(event, Tokens):
                 continue  # a late word of the prefill worker, or of a move that was called off
             if journey.lifecycle.state is not RequestState.DECODING:

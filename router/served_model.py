@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from tidemill.core.settings import ModelSettings
+from tidemill.core.settings import EmulatedSettings, ModelSettings
 from tidemill.core.text import TextStream, TokenizerError, load_tokenizer
 from tidemill.errors import InvalidRequest
 from tidemill.types import Message, ModelCard
@@ -18,17 +18,19 @@ from tidemill.types import Message, ModelCard
 class ServedModel:
     """Text in, tokens out, and the other way round."""
 
-    def __init__(self, settings: ModelSettings, max_context: int) -> None:
-        """Raises TokenizerError for a folder that cannot be served. `max_context`: what a worker's KV pool holds."""
+    def __init__(self, settings: ModelSettings, max_context: int, emulated: EmulatedSettings | None = None) -> None:
+        """Raises TokenizerError for a folder that cannot be served. `max_context`: what a worker's KV pool holds.
+
+        `emulated`: the sizes of the model that is pretended instead.
+        """
         self.tokenizer = load_tokenizer(settings.path)
         config = _read_json(settings.path / "config.json")
         self._tokenizer_config = _read_json(settings.path / "tokenizer_config.json")
         self._template = _compiled(self._chat_template(settings.path))
+        context_length = (emulated and emulated.context_length) or int(config["max_position_embeddings"])
+        vocab_size = (emulated and emulated.vocab_size) or int(config["vocab_size"])
         self.card = ModelCard(
-            settings.served_name,
-            min(int(config["max_position_embeddings"]), max_context),
-            int(config["vocab_size"]),
-            self._template is not None,
+            settings.served_name, min(context_length, max_context), vocab_size, self._template is not None
         )
 
     def _chat_template(self, folder: Path) -> str | None:

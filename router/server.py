@@ -16,12 +16,13 @@ from router.gate import Gate
 from router.move import MoveOutcome
 from router.moves import MoveReason
 from router.policy.admission import AdmissionLimits
-from router.pools_view import PoolsView
+from router.pools_view import PoolsView, attach_over
 from router.route import Router
 from router.served_model import ServedModel
 from router.servicer import Servicer
 from router.wellformed import WellFormed
 from tidemill.core import metrics
+from tidemill.core.channels import NodeChannels
 from tidemill.core.clock import Clock, SystemClock
 from tidemill.core.metrics import ROUTER_SERIES, Metrics
 from tidemill.core.model import Member, Role, WorkerId
@@ -42,8 +43,15 @@ class RouterServer:
         self._settings = settings
         self._clock = clock or SystemClock()
         self.metrics = Metrics(ROUTER_SERIES)
-        self._model = ServedModel(settings.target, settings.engine.kv_blocks * settings.engine.block_size)
-        self._pools = PoolsView(self._clock, lambda seconds: self.metrics.observe(metrics.CANCEL_TO_RELEASE, seconds))
+        engine = settings.engine
+        emulated = settings.emulated if engine.kind == "emulated" else None
+        self._model = ServedModel(settings.target, engine.kv_blocks * engine.block_size, emulated)
+        self._channels = NodeChannels(settings.network.tls)
+        self._pools = PoolsView(
+            self._clock,
+            attach_over(self._channels),
+            lambda seconds: self.metrics.observe(metrics.CANCEL_TO_RELEASE, seconds),
+        )
         limits = AdmissionLimits(settings.router.max_active, settings.router.max_queued)
         self._gate = Gate(limits, self.metrics)
         self._router = Router(settings, self._pools, self._gate, self.metrics, self._clock, random.Random())
@@ -95,7 +103,9 @@ class RouterServer:
     def _serve_metrics(self) -> str:
         settings = self._settings.metrics
         try:
-            self._metrics_server, _ = start_http_server(settings.router_port, settings.host, self.metrics.registry)
+            self._metrics_server, _ = start_http_server(
+                settings.router_port, settings.host, self.metrics.registry, **self._channels.metrics_tls
+            )
         except OSError as error:
             where = _authority(settings.host, settings.router_port)
             raise OSError(

@@ -13,12 +13,14 @@ from router import wire
 from router.journey import Journey
 from router.route import Router
 from router.served_model import ServedModel
+from router.slo import Verdict, verdict
 from tidemill.core import metrics
 from tidemill.core.clock import Clock
 from tidemill.core.lifecycle import RequestState
 from tidemill.core.messages import Tokens
 from tidemill.core.metrics import Metrics
 from tidemill.core.model import Request
+from tidemill.core.promises import unsupported
 from tidemill.core.settings import Settings
 from tidemill.core.text import TextStream
 from tidemill.errors import (
@@ -96,6 +98,9 @@ class Servicer(InferenceServicer):
         card = self._model.card
         wire.check_prompt(prompt, card)
         sampling = wire.sampling_from_pb(message.sampling, card, len(prompt))
+        engine, drafts = self._settings.engine.kind, self._settings.speculation.enabled
+        if (fault := unsupported(engine, sampling, drafts=drafts)) is not None:
+            raise InvalidRequest(fault)
         return wire.new_request(message, prompt, sampling, self._settings.slo)
 
     # --- answers ------------------------------------------------------------------------------------------------
@@ -137,7 +142,7 @@ class Servicer(InferenceServicer):
             self._metrics.add(metrics.REQUESTS, outcome=outcome)
             if journey is not None:
                 self._active.discard(journey.request.id)
-                self._count(journey)
+                self._count(journey, outcome)
 
     async def _begin(self, read: Read, context: Any) -> Journey:
         """The id is taken from here on. Raises DeadlineExceeded if time is over already, InvalidRequest."""
@@ -173,16 +178,23 @@ class Servicer(InferenceServicer):
         if journey.finish is None:
             return wire.chunk_to_pb(piece, steps)
         chunk = wire.chunk_to_pb(piece + text.finish(), steps)
-        summary = journey.summary(self._model.card.name, self._clock.monotonic())
+        summary = journey.summary(self._model.card.name, self._settings.engine.kind, self._clock.monotonic())
         chunk.summary.CopyFrom(wire.summary_to_pb(summary))
         return chunk
 
-    def _count(self, journey: Journey) -> None:
+    def _count(self, journey: Journey, outcome: str) -> None:
+        slo_class, timing = journey.request.slo.name, journey.timing
+        kept = verdict(journey, outcome)
+        for each in Verdict:  # all of them, so that none is missing from a ratio
+            self._metrics.add(metrics.SLO_REQUESTS, each is kept, slo_class=slo_class, verdict=each)
+        self._metrics.add(metrics.OUTPUT_TOKENS, len(journey.sent), slo_class=slo_class)
+        self._metrics.add(metrics.GOODPUT_TOKENS, len(journey.sent) * (kept is Verdict.MET), slo_class=slo_class)
+        self._metrics.add(metrics.REQUEST_VERIFIES, journey.verify_steps, slo_class=slo_class)
+        self._metrics.add(metrics.REQUEST_ACCEPTED, journey.accepted, slo_class=slo_class)
         if journey.finish is None:
             if not journey.lifecycle.ended:
                 journey.lifecycle.move(RequestState.FAILED)
             return
-        slo_class, timing = journey.request.slo.name, journey.timing
         for series, seconds in (
             (metrics.TTFT, timing.ttft_s),
             (metrics.TTFT_QUEUE, timing.queue_s),

@@ -13,7 +13,7 @@ from tidemill.core.model import Request, SloClass
 from tidemill.core.settings import SloSettings
 from tidemill.errors import InvalidRequest, ModelNotFound
 from tidemill.proto import inference_pb2 as pb
-from tidemill.types import FinishReason, Message, ModelCard, SamplingParams, Summary, TokenLogprobs
+from tidemill.types import FinishReason, Message, ModelCard, Sameness, SamplingParams, Summary, TokenLogprobs
 
 MAX_LOGPROBS = 20
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
@@ -25,6 +25,11 @@ _FINISH = {
     FinishReason.STOP_TOKEN: pb.FINISH_REASON_STOP_TOKEN,
     FinishReason.STOP_STRING: pb.FINISH_REASON_STOP_STRING,
     FinishReason.LENGTH: pb.FINISH_REASON_LENGTH,
+}
+_SAMENESS = {
+    Sameness.EXACT: pb.SAMENESS_EXACT,
+    Sameness.ROUNDED: pb.SAMENESS_ROUNDED,
+    Sameness.DISTRIBUTED: pb.SAMENESS_DISTRIBUTED,
 }
 _OPTIONAL = (
     "max_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
@@ -190,6 +195,7 @@ def summary_to_pb(summary: Summary) -> pb.Summary:
         timing=pb.Timing(**asdict(summary.timing)),
         route=pb.Route(**asdict(summary.route)),
         speculation=pb.Speculation(**asdict(summary.speculation)),
+        sameness=_SAMENESS[summary.sameness],
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-prompts", action="store_true", help="identity tests: all 50 held-out prompts and longer answers"
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """vLLM has an environment of its own."""
+    if find_spec("vllm") is None:
+        for item in items:
+            if item.get_closest_marker("vllm"):
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed here: `make test-vllm`"))
 
 
 MODELS = Path(__file__).parents[1] / "models"

@@ -18,6 +18,7 @@ from tidemill.types import (
     Message,
     ModelCard,
     Route,
+    Sameness,
     SamplingParams,
     Slo,
     Speculation,
@@ -37,6 +38,11 @@ _FINISH = {
     pb.FINISH_REASON_STOP_TOKEN: FinishReason.STOP_TOKEN,
     pb.FINISH_REASON_STOP_STRING: FinishReason.STOP_STRING,
     pb.FINISH_REASON_LENGTH: FinishReason.LENGTH,
+}
+_SAMENESS = {
+    pb.SAMENESS_EXACT: Sameness.EXACT,
+    pb.SAMENESS_ROUNDED: Sameness.ROUNDED,
+    pb.SAMENESS_DISTRIBUTED: Sameness.DISTRIBUTED,
 }
 
 
@@ -184,6 +190,7 @@ def summary_from_pb(message: pb.Summary) -> Summary:
         timing=_all_fields(message.timing, Timing),
         route=_all_fields(message.route, Route),
         speculation=_all_fields(message.speculation, Speculation),
+        sameness=_SAMENESS.get(message.sameness, Sameness.EXACT),
     )
 
 

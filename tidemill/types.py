@@ -14,11 +14,20 @@ class FinishReason(StrEnum):
     LENGTH = "length"  # `max_tokens`, or the model's context is full
 
 
+class Sameness(StrEnum):
+    """What the engine promises of a request's tokens if it were sent again, or had to go on elsewhere."""
+
+    EXACT = "exact"  # the same tokens, always
+    ROUNDED = "rounded"  # the same, but where two tokens are so nearly as likely that rounding decides
+    DISTRIBUTED = "distributed"  # tokens drawn from the same distribution, not the same tokens
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. The defaults are greedy decoding of up to 128 tokens.
 
     A request's tokens are a pure function of (model, prompt, these parameters): noise is keyed by (seed, position).
+    Where an engine cannot promise that, the summary's `sameness` says so.
     With `temperature > 0` and no seed the router draws one and reports it.
     """
 
@@ -105,6 +114,7 @@ class Summary:
     timing: Timing = field(default_factory=Timing)
     route: Route = field(default_factory=Route)
     speculation: Speculation = field(default_factory=Speculation)
+    sameness: Sameness = Sameness.EXACT
 
 
 @dataclass(frozen=True, slots=True)

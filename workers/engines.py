@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -10,6 +11,7 @@ from tidemill.core.settings import Settings
 from tidemill.core.text import load_tokenizer
 from workers.engine.base import Engine
 from workers.engine.emulated import EmulatedEngine
+from workers.engine.latency import latency_model
 from workers.engine.native.config import read_config
 from workers.engine.native.engine import NativeEngine
 
@@ -17,16 +19,34 @@ EngineFactory = Callable[[Settings, Role], Engine]
 
 
 def make_engine(settings: Settings, role: Role) -> Engine:
-    """Raises ModelFolderError, TokenizerError or NoCompiler, each with what to do."""
+    """Raises ModelFolderError, TokenizerError, NoCompiler or BadMeasurements, each with what to do.
+
+    For vLLM whatever that raises.
+    """
     model = settings.draft if role is Role.DRAFT else settings.target
     if model is None:
         raise ValueError("a draft worker needs the setting draft.path")
     torch.set_num_threads(settings.engine.threads)
+    if settings.engine.kind == "vllm" and role is not Role.DRAFT:
+        from workers.engine.vllm.engine import VllmEngine  # noqa: PLC0415 - seconds, and not in every environment
+
+        longest_draft = settings.speculation.max_depth if settings.speculation.enabled else 0
+        return VllmEngine.from_folder(model.path, settings.engine, longest_draft)
     if settings.engine.kind == "emulated":
-        tokenizer = load_tokenizer(model.path)
-        config = read_config(model.path)
-        return EmulatedEngine(settings.engine, config.vocab_size, config.context_length, tokenizer)
+        return _emulated(settings, role, model.path)
     return NativeEngine.from_folder(model.path, settings.engine)
+
+
+def _emulated(settings: Settings, role: Role, folder: Path) -> EmulatedEngine:
+    emulated, config, drafts = settings.emulated, read_config(folder), role is Role.DRAFT
+    return EmulatedEngine(
+        settings.engine,
+        emulated.vocab_size or config.vocab_size,
+        emulated.context_length or config.context_length,
+        load_tokenizer(folder),
+        agreement=emulated.agreement if drafts else 1.0,
+        latency=latency_model(emulated.draft if drafts else emulated.target),
+    )
 
 
 class Engines:

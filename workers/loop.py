@@ -25,6 +25,7 @@ from tidemill.core.messages import (
     Migrate,
     NewWork,
     Prefill,
+    Proceed,
     Refusal,
     Refused,
     Reserve,
@@ -220,7 +221,7 @@ class EngineLoop:
             case Cancel(request_id):
                 if self._reports.owner(request_id) == router:
                     self._role.cancel(request_id)
-            case Migrate(request_id) | Resume(request_id):
+            case Proceed(request_id) | Migrate(request_id) | Resume(request_id):
                 if self._reports.owner(request_id) == router:
                     self._take(command, request_id)
 
@@ -269,6 +270,8 @@ class EngineLoop:
 
     def _gauge(self, load: WorkerLoad) -> None:
         role = self._role.role
+        for each in Role:
+            self._metrics.set(metrics.WORKER_ROLE, each is role, role=each)
         self._metrics.set(metrics.WORKER_QUEUED, load.queued_requests, role=role)
         self._metrics.set(metrics.WORKER_RUNNING, load.running_requests, role=role)
         self._metrics.set(metrics.KV_BLOCKS, load.kv_blocks_total, role=role)

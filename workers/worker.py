@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from prometheus_client import start_http_server
 
+from tidemill.core.channels import NodeChannels
 from tidemill.core.clock import SystemClock
 from tidemill.core.messages import Command, DraftCall, DraftReply
 from tidemill.core.metrics import WORKER_SERIES, Metrics
@@ -82,8 +83,11 @@ class Worker:
         if role is not Role.DRAFT and settings.speculation.enabled and settings.speculation.adaptive:
             measure_steps(engine, self._step_times)
         self.metrics = Metrics(WORKER_SERIES)
+        if engine.info.kind == "vllm":
+            self.metrics.pass_through("vllm:")
         self._mailbox = Mailbox()
-        self._service = ControlService(self, host)
+        self._channels = NodeChannels(settings.network.tls)
+        self._service = ControlService(self, host, self._channels)
         self._links: LinkHost | None = None  # made with the first verify role
         self._feeders: list[Outgoing] = []  # the roles', which close them; waited for at the end
         self._address = ""
@@ -94,7 +98,9 @@ class Worker:
     def start(self) -> Peer:
         """Listen, serve, and say where. Raises OSError if no port can be had."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self._metrics_server, _ = start_http_server(0, self._host, self.metrics.registry)
+        self._metrics_server, _ = start_http_server(
+            self._settings.metrics.worker_port, self._host, self.metrics.registry, **self._channels.metrics_tls
+        )
         self._address = self._service.start()
         self._loop = EngineLoop(
             self._name,
@@ -180,7 +186,7 @@ class Worker:
         peer = Peer(me, self._address)
         if role is Role.DRAFT:
             return DraftRole(engine, outbox, self._settings)
-        opener = link_opener(peer, self._host, engine.info.kv, self._settings)
+        opener = link_opener(peer, self._host, engine.info.kv, self._channels, self._settings)
 
         def feed(to: Peer, sent: Sent, failed: NotSent) -> Outgoing:
             self._feeders = [each for each in self._feeders if not each.join(0.0)]

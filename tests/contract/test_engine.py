@@ -1,7 +1,8 @@
 """What workers/engine/base.py promises, for every engine."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -11,8 +12,10 @@ from tests.support.engines import (
     drain,
     make_engine,
     one_by_one,
+    pool_of,
     random_requests,
     random_tree,
+    vllm_engines,
     with_drafts,
 )
 from tidemill.core.messages import Draft
@@ -23,17 +26,27 @@ from workers.engine.base import OutOfBlocks, RequestTooLong
 from workers.engine.native.engine import NativeEngine
 
 KINDS = ["emulated", "native-cpu-float32", "native-cpu-bfloat16", "native-torch-float32", "native-torch-bfloat16"]
+TREES = pytest.mark.trees
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=[*KINDS, pytest.param("vllm", marks=pytest.mark.vllm)])
+def kind(request: pytest.FixtureRequest) -> Iterator[str]:
+    """vLLM verifies chains and drafts for nobody."""
+    if request.param == "vllm" and request.node.get_closest_marker("trees"):
+        pytest.skip("vLLM knows no token trees")
+    yield str(request.param)
+    if request.param == "vllm":
+        vllm_engines().take_back()
 
 
 def request_of(tokens: int, max_tokens: int = 8, name: str = "r", **sampling: object) -> Request:
     rng = random.Random(tokens)
     prompt = tuple(rng.randrange(2, VOCABULARY) for _ in range(tokens))
     return Request(name, prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=1, **sampling))  # type: ignore[arg-type]
+
+
+def greedy(request: Request) -> Request:
+    return replace(request, sampling=replace(request.sampling, temperature=0.0, frequency_penalty=0.0))
 
 
 def hand_over(source: object, target: object, request: Request) -> None:
@@ -53,12 +66,14 @@ class TestSameTokens:
     """Batching, chunking, preemption, caching, drafts and hand-over change when a token comes, never which."""
 
     @pytest.fixture
-    def requests(self) -> list[Request]:
-        return random_requests(seed=3)
+    def requests(self, kind: str) -> list[Request]:
+        """vLLM promises it for greedy ones, and penalties on the output only where it began."""
+        requests = random_requests(seed=3)
+        return [greedy(each) for each in requests] if kind == "vllm" else requests
 
     @pytest.fixture
     def plain(self, kind: str, requests: list[Request]) -> dict[str, tuple[int, ...]]:
-        return one_by_one(make_engine(kind, SMALL.model_copy(update={"prefix_cache": False})), requests)
+        return one_by_one(make_engine(kind, pool_of(kind, 4096, prefix_cache=False)), requests)
 
     def test_in_a_batch(self, kind: str, requests: list[Request], plain: dict[str, tuple[int, ...]]) -> None:
         engine = make_engine(kind)
@@ -70,7 +85,7 @@ class TestSameTokens:
     def test_with_small_chunks_and_preemption(
         self, kind: str, requests: list[Request], plain: dict[str, tuple[int, ...]]
     ) -> None:
-        engine = make_engine(kind, SMALL.model_copy(update={"kv_blocks": 8, "max_batch_tokens": 9}))
+        engine = make_engine(kind, pool_of(kind, 128, max_batch_tokens=9))
         for request in requests:
             engine.submit(request)
         preempted, out = 0, {}
@@ -95,9 +110,10 @@ class TestSameTokens:
                 tokens = [rng.randrange(VOCABULARY) for _ in tokens]
             return TokenTree.chain(tokens)
 
-        engine = make_engine(kind, SMALL.model_copy(update={"kv_blocks": 40}))
+        engine = make_engine(kind, pool_of(kind, 640))
         assert with_drafts(engine, requests, draft) == plain
 
+    @TREES
     @pytest.mark.parametrize("block_size", [16, 64])
     def test_with_trees(
         self, kind: str, block_size: int, requests: list[Request], plain: dict[str, tuple[int, ...]]
@@ -163,6 +179,7 @@ class TestDrafts:
         output = engine.step().outputs[0]
         assert (output.tokens, output.drafted, output.accepted) == (plain[1:5], 3, 3)
 
+    @TREES
     def test_descends_where_the_tree_has_its_choice(self, engine: NativeEngine, plain: tuple[int, ...]) -> None:
         a, b, c = plain[1:4]
         tree = TokenTree((a + 1, a, b + 1, b, c, c + 1), (-1, -1, 0, 1, 3, 3))
@@ -172,6 +189,7 @@ class TestDrafts:
         assert (output.outputs[0].tokens, output.outputs[0].drafted, output.outputs[0].accepted) == (plain[1:5], 6, 3)
         assert drain(engine)["r"] == plain[5:]
 
+    @TREES
     def test_a_tree_is_cut_to_the_tokens_that_may_come(self, kind: str) -> None:
         engine = make_engine(kind)
         engine.submit(request_of(20, max_tokens=3))
@@ -199,6 +217,7 @@ class TestDrafts:
         assert engine.load().kv_blocks_used == 0
 
 
+@TREES
 class TestGrowth:
     """`prefill`, `follow` and `grow`, as a draft worker uses them."""
 
@@ -288,6 +307,7 @@ class TestGrowth:
                 call(make_engine(kind))
 
 
+@TREES
 class TestForesight:
     """Drafts from the model's own early layers."""
 
@@ -331,29 +351,30 @@ class TestLimits:
         assert [each.finish for each in outputs] == [None, None, FinishReason.LENGTH]
 
     def test_full_context_ends_the_output(self, kind: str) -> None:
-        engine = make_engine(kind, SMALL.model_copy(update={"kv_blocks": 4}))  # 64 tokens
+        engine = make_engine(kind, pool_of(kind, 64))
         engine.submit(request_of(50, max_tokens=10**9))
         assert len(drain(engine)["r"]) == 14
 
     def test_too_long_is_refused_and_holds_nothing(self, kind: str) -> None:
-        engine = make_engine(kind, SMALL.model_copy(update={"kv_blocks": 4}))
+        engine = make_engine(kind, pool_of(kind, 64))
         for take in (engine.submit, engine.prefill, engine.reserve):
             with pytest.raises(RequestTooLong):
                 take(request_of(64))
         assert engine.load().kv_blocks_used == 0
 
     def test_reservation_without_room_holds_nothing(self, kind: str) -> None:
-        engine = make_engine(kind, SMALL.model_copy(update={"kv_blocks": 4}))
-        engine.reserve(request_of(40, name="first"))
+        size = pool_of(kind, 0).block_size
+        engine = make_engine(kind, pool_of(kind, 5 * size))
+        engine.reserve(request_of(3 * size, name="first"))
         with pytest.raises(OutOfBlocks):
-            engine.reserve(request_of(40, name="second"))
+            engine.reserve(request_of(3 * size, name="second"))
         assert engine.load().kv_blocks_used == engine.load().kv_blocks_leased == 3
         engine.release("first")
         assert engine.load().kv_blocks_used == 0
 
     @pytest.mark.parametrize("steps", [0, 1, 3])
     def test_release_in_any_state_frees_everything(self, kind: str, steps: int) -> None:
-        engine = make_engine(kind, SMALL.model_copy(update={"max_batch_tokens": 16}))
+        engine = make_engine(kind, pool_of(kind, 4096, max_batch_tokens=16))
         for index in range(4):
             engine.submit(request_of(30, name=f"r{index}"))
         engine.prefill(request_of(30, name="held"))
@@ -368,7 +389,7 @@ class TestLimits:
 
     def test_wrong_import_is_refused(self, kind: str) -> None:
         engine = make_engine(kind)
-        request = request_of(40)
+        request = request_of(3 * engine.info.kv.block_size)
         engine.reserve(request)
         good = make_engine(kind)
         good.prefill(request)

@@ -56,7 +56,7 @@ def test_what_goes_on_elsewhere_goes_on_the_same(kind: str, told: int, paused: i
         assert end <= blocks.end_block
         if end > 0:
             target.import_kv(request.id, 0, source.export_kv(request.id, 0, end))
-        target.activate(request.id, [token for token, _ in answer[told:]])
+        target.activate(request.id, output=[token for token, _ in answer[told:]])
         target.check()
         source.release(request.id)
         assert source.load().kv_blocks_used == 0
@@ -124,13 +124,13 @@ def test_tokens_that_do_not_fit_are_refused(kind: str) -> None:
     engine = make_engine(kind)
     engine.reserve(request_of(40, max_tokens=100), headroom_tokens=8)
     with pytest.raises(ValueError, match="more than blocks were reserved for"):
-        engine.activate("r", [5] * 20)
+        engine.activate("r", output=[5] * 20)
     with pytest.raises(ValueError, match="not receiving"):
         make_engine_with_running(kind).activate("r")
     engine.release("r")
     engine.reserve(request_of(40, max_tokens=4), headroom_tokens=8)
     with pytest.raises(ValueError, match="is over"):
-        engine.activate("r", [5] * 4)
+        engine.activate("r", output=[5] * 4)
     engine.release("r")
     assert engine.load().kv_blocks_used == 0
     engine.check()

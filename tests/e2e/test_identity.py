@@ -7,30 +7,17 @@ of them.
 import asyncio
 import signal
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from router.server import RouterServer
-from tests.support.engines import bundled_engine, one_by_one
+from tests.support.identity import Work, compare, send, work_of
 from tests.support.local import ProcessWorker, process_cluster, settings_for
-from tidemill import AsyncClient, Completion, SamplingParams
-from tidemill.core.model import Member, Request
-from tidemill.core.settings import EngineSettings
-from tidemill.core.text import load_tokenizer
+from tidemill import AsyncClient
+from tidemill.core.model import Member
 
 DTYPES = ["float32", "bfloat16"]
-Answers = list[tuple[int, ...]]
-
-
-@dataclass(frozen=True)
-class Work:
-    """Prompts, each greedy and at temperature 0.8, and what plain decoding makes of them."""
-
-    prompts: list[tuple[int, ...]]
-    params: list[SamplingParams]
-    plain: Answers
 
 
 @pytest.fixture(scope="module", params=DTYPES)
@@ -41,33 +28,7 @@ def dtype(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def work(dtype: str, models: Path, prompts: list[str], request: pytest.FixtureRequest) -> Work:
     everything = request.config.getoption("--all-prompts")
-    tokenizer = load_tokenizer(models / "target")
-    chosen = prompts if everything else prompts[::7]
-    ids = [tuple(tokenizer.encode(prompt).ids) for prompt in chosen for _ in range(2)]
-    length = 64 if everything else 32
-    params = [
-        SamplingParams(max_tokens=length, temperature=0.8 * (index % 2), seed=index, ignore_eos=True)
-        for index in range(len(ids))
-    ]
-    engine = bundled_engine(models, EngineSettings(dtype=dtype, prefix_cache=False))  # type: ignore[arg-type]
-    requests = [Request(str(i), prompt, params[i]) for i, prompt in enumerate(ids)]
-    plain = one_by_one(engine, requests)
-    return Work(ids, params, [plain[str(i)] for i in range(len(ids))])
-
-
-async def send(client: AsyncClient, work: Work, at_once: int) -> list[Completion]:
-    gate = asyncio.Semaphore(at_once)
-
-    async def one(index: int) -> Completion:
-        async with gate:
-            return await client.generate(work.prompts[index], work.params[index])
-
-    return list(await asyncio.gather(*(one(index) for index in range(len(work.prompts)))))
-
-
-def compare(answers: list[Completion], work: Work) -> None:
-    different = [i for i, answer in enumerate(answers) if answer.tokens != work.plain[i]]
-    assert not different, f"{len(different)} of {len(answers)} requests got other tokens: {different}"
+    return work_of(models, prompts if everything else prompts[::7], dtype, 64 if everything else 32)
 
 
 @pytest.mark.parametrize("at_once", [1, 16])

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,8 +14,8 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.head import free_port
 from tests.support.engines import bundled_engine, one_by_one
+from tests.support.operator import Operator
 from tidemill import Client
 from tidemill.core.model import Request
 from tidemill.core.settings import EngineSettings
@@ -26,38 +24,6 @@ from tidemill.types import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(240)
-
-
-class Operator:
-    """Runs `tidemill` with a state folder of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        self.config = folder / "cluster.yaml"
-        self.env = os.environ | {"XDG_STATE_HOME": str(folder / "state"), "COLUMNS": "200"}
-        self.write()
-
-    def write(self, **changes: Any) -> None:
-        document: dict[str, Any] = {
-            "name": "test",
-            "target": {"path": str(ROOT / "models" / "target")},
-            "draft": {"path": str(ROOT / "models" / "draft")},
-            "engine": {"dtype": "float32"},
-            "router": {"port": self.port},
-        }
-        self.config.write_text(json.dumps(document | changes))  # JSON is YAML
-
-    def run(self, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-        command = [str(Path(sys.executable).parent / "tidemill"), *arguments]
-        return subprocess.run(
-            command, env=self.env, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=150, check=False
-        )
-
-    def status(self) -> dict[str, Any]:
-        done = self.run("status", "--name", "test", "--json")
-        assert done.returncode == 0, done.stderr
-        document: dict[str, Any] = json.loads(done.stdout)
-        return document
 
 
 @pytest.fixture

@@ -34,6 +34,7 @@ from tidemill.core.messages import (
     FirstToken,
     Prefill,
     Prefilled,
+    Proceed,
     Refusal,
     Refused,
     Reserve,
@@ -98,6 +99,9 @@ class FaultyWorker(ScriptedWorker):
         if isinstance(command, Cancel):
             self.held.pop(command.request_id, None)
             return ()
+        if isinstance(command, Proceed):
+            self._start_decoding(command.request_id)
+            return ()
         request = command.request
         plan = self.plans.pop(0) if self.plans else Plan(Fault.NONE, 0)
         if plan.fault is Fault.REFUSE:
@@ -129,9 +133,14 @@ class FaultyWorker(ScriptedWorker):
             return
         del self.held[request.id]
         self.say(Prefilled(request.id, 0.0, STEP_S))
-        verify = self._cluster.by_name[holder]
-        if request.id in verify.held:
-            verify._decode(request, len(request.output), self._cluster.waiting.pop(request.id))
+        self._cluster.by_name[holder]._start_decoding(request.id)
+
+    def _start_decoding(self, request_id: str) -> None:
+        """Its KV is here, or no more of it comes; either is heard once."""
+        plan = self._cluster.waiting.pop(request_id, None)
+        if plan is not None and request_id in self.held:
+            request = self.held[request_id]
+            self._decode(request, len(request.output), plan)
 
     def _decode(self, request: Request, at: int, plan: Plan) -> None:
         self._later(1, lambda: self._step(request, at, plan))
@@ -191,7 +200,7 @@ class Cluster:
         self.by_name = {worker.id.name: worker for worker in self.workers}
         config = router_settings(router={"max_retries": max_retries, "max_active": 4}, deadlines=STAGES)
         self.counters, clock, rng = Metrics(ROUTER_SERIES), LoopClock(), random.Random(0)
-        self.pools = PoolsView(clock, attach=self._attach)
+        self.pools = PoolsView(clock, self._attach)
         self.gate = Gate(AdmissionLimits(4, 8), self.counters)
         self.router = Router(config, self.pools, self.gate, self.counters, clock, rng)
 

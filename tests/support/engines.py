@@ -1,11 +1,16 @@
 """Small engines, and ways to run them."""
 
+import atexit
 import random
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
 
+from tests.support.vllm_engines import VllmEngines
 from tidemill.core.messages import Draft
 from tidemill.core.model import Request
 from tidemill.core.settings import EngineSettings
@@ -75,16 +80,64 @@ def tiny_model(dtype: torch.dtype = torch.float32, kernels: str = "cpu") -> Nati
     return NativeModel(TINY, runner, dtype, device)
 
 
-def make_engine(kind: str, settings: EngineSettings = SMALL) -> NativeEngine:
-    """ "emulated", or "native-<kernels>-<dtype>"."""
+def pool_of(kind: str, tokens: int, **changes: object) -> EngineSettings:
+    """SMALL, with KV blocks for so many tokens."""
+    block_size = 32 if kind == "vllm" else SMALL.block_size  # the least vLLM's CPU kernels take
+    sizes = {"block_size": block_size, "kv_blocks": tokens // block_size}
+    return SMALL.model_copy(update=sizes | changes | ({"dtype": "float32"} if kind == "vllm" else {}))
+
+
+def make_engine(kind: str, settings: EngineSettings | None = None) -> NativeEngine:
+    """ "emulated", "vllm", or "native-<kernels>-<dtype>"."""
+    settings = settings or pool_of(kind, 4096)
     if kind == "emulated":
         return EmulatedEngine(settings, VOCABULARY, 512)
+    if kind == "vllm":
+        return vllm_engines().make(vllm_folder(), settings)  # type: ignore[return-value]
     _, kernels, dtype = kind.split("-")
     return NativeEngine(tiny_model(getattr(torch, dtype), kernels), settings)
 
 
+@cache
+def vllm_engines() -> VllmEngines:
+    return VllmEngines()
+
+
+@cache
+def vllm_folder() -> Path:
+    """The random Llama of the other engines, as a folder."""
+    from tests.support.miniatures import folder_tensors, write_folder
+
+    folder = Path(tempfile.mkdtemp(prefix="tidemill-test-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    tensors = {name: each for name, each in folder_tensors().items() if not name.endswith("bias")}
+    document = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": TINY.vocab_size,
+        "hidden_size": TINY.hidden_size,
+        "intermediate_size": TINY.intermediate_size,
+        "num_hidden_layers": TINY.num_layers,
+        "num_attention_heads": TINY.num_heads,
+        "num_key_value_heads": TINY.num_kv_heads,
+        "head_dim": TINY.head_dim,
+        "max_position_embeddings": TINY.context_length,
+        "rms_norm_eps": TINY.rms_norm_eps,
+        "rope_theta": TINY.rope_theta,
+        "eos_token_id": 1,
+        "tie_word_embeddings": False,
+    }
+    return write_folder(folder, tensors, document)
+
+
 def bundled_engine(models: Path, settings: EngineSettings) -> NativeEngine:
     return NativeEngine.from_folder(models / "target", settings)
+
+
+def prompt_of(count: int, seed: int = 0) -> tuple[int, ...]:
+    """A prompt."""
+    rng = random.Random(seed)
+    return tuple(rng.randrange(2, VOCABULARY) for _ in range(count))
 
 
 def random_requests(seed: int, count: int = 8, longest: int = 60) -> list[Request]:

@@ -17,6 +17,7 @@ from tidemill import AsyncClient
 from tidemill.core.model import Member, Peer, Role, WorkerId
 from tidemill.core.settings import (
     DeadlineSettings,
+    EmulatedSettings,
     EngineSettings,
     ModelSettings,
     PoolSettings,
@@ -37,6 +38,7 @@ def settings_for(
     speculation: bool = True,
     router: dict[str, object] | None = None,
     deadlines: dict[str, float] | None = None,
+    emulated: EmulatedSettings | None = None,
     **engine: object,
 ) -> Settings:
     """Small pools; drafts are waited for long enough to be used on a busy machine."""
@@ -45,6 +47,7 @@ def settings_for(
         target=ModelSettings(path=MODELS / "target", name="tiny"),
         draft=ModelSettings(path=MODELS / "draft"),
         engine=EngineSettings(kind=kind, **({"kv_blocks": 512} | engine)),  # type: ignore[arg-type]
+        emulated=emulated or EmulatedSettings(),
         pools=PoolSettings(),
         router=RouterSettings(**({"port": 0} | (router or {}))),  # type: ignore[arg-type]
         speculation=SpeculationSettings(enabled=speculation, adaptive=False, wait_s=0.2),
@@ -127,9 +130,11 @@ class ProcessWorker:
         self.peer: Peer | None = None
 
     def wait(self) -> Member:
-        """Its first line says where it serves."""
+        """Its first line says where it serves, but for what vLLM prints before."""
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = b"\n"
+        while line and not line.startswith(b"{"):
+            line = self._process.stdout.readline()
         assert line, f"{self.name} did not start"
         document = json.loads(line)
         self.peer = Peer(WorkerId(self.name, document["epoch"]), document["address"])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY, Gauge
 from tokenizers import Tokenizer
 
 import tidemill
@@ -56,6 +57,12 @@ class TestSettings:
         assert settings.target.path.is_absolute()
         assert settings.target.path.name == "target"
         assert settings.pools.verify == 2
+
+    def test_the_shipped_emulated_cluster(self, tmp_path: Path) -> None:
+        settings = load_settings(Path("deploy/emulated.yaml"))
+        assert (settings.engine.kind, settings.emulated.target.model) == ("emulated", "opt-13b")
+        text = "target: {path: m}\npools: {draft: 0}\nemulated: {target: {model: fitted, measured: steps.csv}}"
+        assert load_settings(self.write(tmp_path, text)).emulated.target.measured == tmp_path / "steps.csv"
 
     @pytest.mark.parametrize(
         ("text", "said"),
@@ -268,3 +275,17 @@ def test_public_types_are_frozen() -> None:
         each = getattr(tidemill, name)
         if dataclasses.is_dataclass(each):
             assert each.__dataclass_params__.frozen, name  # type: ignore[attr-defined]
+
+
+def test_series_of_a_library_pass_through_by_name() -> None:
+    ours, other = Gauge("vllm:depth", "of a queue"), Gauge("foreign_depth", "of another")
+    metrics = Metrics(WORKER_SERIES)
+    metrics.pass_through("vllm:")
+    try:
+        ours.set(3)
+        other.set(4)
+        assert metrics.registry.get_sample_value("vllm:depth") == 3
+        assert metrics.registry.get_sample_value("foreign_depth") is None
+    finally:
+        REGISTRY.unregister(ours)
+        REGISTRY.unregister(other)

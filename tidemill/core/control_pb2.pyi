@@ -324,6 +324,25 @@ class Cancel(_message.Message):
 Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
+class Proceed(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Proceed: _TypeAlias = Proceed  # noqa: Y015
+
+@_typing.final
 class Migrate(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -376,6 +395,7 @@ class Command(_message.Message):
     SUBMIT_FIELD_NUMBER: _builtins.int
     PREFILL_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    PROCEED_FIELD_NUMBER: _builtins.int
     MIGRATE_FIELD_NUMBER: _builtins.int
     RESUME_FIELD_NUMBER: _builtins.int
     @_builtins.property
@@ -387,6 +407,8 @@ class Command(_message.Message):
     @_builtins.property
     def cancel(self) -> Global___Cancel: ...
     @_builtins.property
+    def proceed(self) -> Global___Proceed: ...
+    @_builtins.property
     def migrate(self) -> Global___Migrate: ...
     @_builtins.property
     def resume(self) -> Global___Resume: ...
@@ -397,14 +419,15 @@ class Command(_message.Message):
         submit: Global___Submit | None = ...,
         prefill: Global___Prefill | None = ...,
         cancel: Global___Cancel | None = ...,
+        proceed: Global___Proceed | None = ...,
         migrate: Global___Migrate | None = ...,
         resume: Global___Resume | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "kind", b"kind", "migrate", b"migrate", "prefill", b"prefill", "reserve", b"reserve", "resume", b"resume", "submit", b"submit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "kind", b"kind", "migrate", b"migrate", "prefill", b"prefill", "proceed", b"proceed", "reserve", b"reserve", "resume", b"resume", "submit", b"submit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "kind", b"kind", "migrate", b"migrate", "prefill", b"prefill", "reserve", b"reserve", "resume", b"resume", "submit", b"submit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "kind", b"kind", "migrate", b"migrate", "prefill", b"prefill", "proceed", b"proceed", "reserve", b"reserve", "resume", b"resume", "submit", b"submit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["reserve", "submit", "prefill", "cancel", "migrate", "resume"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["reserve", "submit", "prefill", "cancel", "proceed", "migrate", "resume"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

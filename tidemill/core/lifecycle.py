@@ -40,13 +40,15 @@ class LeaseState(StrEnum):
 
     GRANTED = "granted"
     COMMITTED = "committed"  # all blocks came; the sequence owns them now
+    CUT = "cut"  # no more will come; the sequence owns them, and what is missing is computed where they are
     ABORTED = "aborted"
     EXPIRED = "expired"
 
 
 LEASE_MOVES: Mapping[LeaseState, frozenset[LeaseState]] = {
-    LeaseState.GRANTED: frozenset({LeaseState.COMMITTED, LeaseState.ABORTED, LeaseState.EXPIRED}),
+    LeaseState.GRANTED: frozenset(LeaseState) - {LeaseState.GRANTED},
     LeaseState.COMMITTED: frozenset(),
+    LeaseState.CUT: frozenset(),
     LeaseState.ABORTED: frozenset(),
     LeaseState.EXPIRED: frozenset(),
 }

@@ -47,7 +47,8 @@ class Lease:
     """KV blocks a verify worker holds for a request whose KV will come from elsewhere.
 
     Owner and only party that frees: the engine thread of the worker in `holder`. Blocks before `first_block` were
-    found in its prefix cache and are not sent. A lease ends as committed (all blocks came), aborted or expired.
+    found in its prefix cache and are not sent. A lease ends as committed (all blocks came), cut (the holder computes
+    what did not come), aborted or expired.
     """
 
     id: int
@@ -99,6 +100,16 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class Proceed:
+    """No more KV will come for a reserved request: compute what is missing and decode it. Answer: tokens.
+
+    Nothing happens if all of it came, or the verify worker has found out by itself.
+    """
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Migrate:
     """Send a decoding request's KV to the lease's holder while it decodes on; with little left, pause it and send that
     too, with the tokens that came after the `known_tokens` of prompt and output that the holder was told.
@@ -119,7 +130,7 @@ class Resume:
 
 
 NewWork = Reserve | Submit | Prefill
-Command = NewWork | Cancel | Migrate | Resume
+Command = NewWork | Cancel | Proceed | Migrate | Resume
 
 
 # --- worker -> router -------------------------------------------------------------------------------------------

@@ -4,10 +4,21 @@ Router and workers make a `Metrics` each and serve it for Prometheus. Labels are
 SLO classes of the settings; never request ids, tenants or prompts.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 
 class Kind(StrEnum):
@@ -29,6 +40,14 @@ class Series:
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
 
+    @property
+    def unit(self) -> str:
+        """Of a sample's value. Names end in it, but for the words Prometheus wants last."""
+        words = self.name.split("_")
+        return next((unit for unit in UNITS if unit in words), "1")
+
+
+UNITS = ("seconds", "bytes", "tokens", "blocks", "requests", "steps")
 
 # Seconds; from half a millisecond (a small model's step) to the longest deadline anyone sets.
 LATENCY_BUCKETS = (
@@ -83,6 +102,25 @@ REQUESTS = _counter(
     "requests_total", "Requests by outcome: finish reason, or kind of error.",
     "Errors other than the clients' own: see the router's log.", "outcome",
 )  # fmt: skip
+SLO_REQUESTS = _counter(
+    "slo_requests_total", "Requests by whether they kept their class's goal; the callers' own errors do not count.",
+    "ttft_missed: add prefill workers; tpot_missed: add verify workers; failed: see outcomes.", "slo_class", "verdict",
+)  # fmt: skip
+OUTPUT_TOKENS = _counter(
+    "output_tokens_total", "Tokens sent to clients.", "Throughput; follows the load.", "slo_class",
+)  # fmt: skip
+GOODPUT_TOKENS = _counter(
+    "goodput_tokens_total", "Tokens of requests that kept their goal.",
+    "Below the tokens sent: work was done too late; admit less or add workers.", "slo_class",
+)  # fmt: skip
+REQUEST_VERIFIES = _counter(
+    "request_verify_steps_total", "Steps in which requests got tokens, counted when they end.",
+    "Base of accepted tokens per verify.", "slo_class",
+)  # fmt: skip
+REQUEST_ACCEPTED = _counter(
+    "request_accepted_tokens_total", "Draft tokens accepted, counted when requests end.",
+    "A falling share of the steps: the draft fits this class's texts less.", "slo_class",
+)  # fmt: skip
 ROUTER_QUEUED = _gauge("router_queued_requests", "Requests waiting to be admitted.", "Sustained: add workers.")
 ROUTER_ACTIVE = _gauge("router_active_requests", "Requests being served.", "At its limit: raise it or add workers.")
 DECISIONS = _counter(
@@ -109,6 +147,10 @@ CANCEL_TO_RELEASE = _latency(
 
 # --- worker -----------------------------------------------------------------------------------------------------
 
+WORKER_ROLE = _gauge(
+    "worker_role", "1 for the role a worker has now, 0 for the others.",
+    "Often, and back again: roles flap; see the reasons of the switches.", "role",
+)  # fmt: skip
 STEPS = _counter("worker_steps_total", "Engine steps.", "None while requests run: the worker is stalled.", "role")
 STEP_TIME = _latency("worker_step", "Duration of an engine step.", "Smaller batches or chunks shorten it.", "role")
 STEP_TOKENS = Series(
@@ -180,22 +222,39 @@ ERRORS = _counter("worker_errors_total", "Requests a worker gave up, by failure.
 REPORTS = _counter("worker_reports_total", "Messages sent to routers: at most one a turn and router.", "Follows steps.")
 
 ROUTER_SERIES = (
-    TTFT, TTFT_QUEUE, TTFT_PREFILL, TTFT_TRANSFER, TTFT_FIRST_DECODE, TPOT, ITL, REQUESTS, ROUTER_QUEUED, ROUTER_ACTIVE,
-    DECISIONS, RETRIES, MIGRATIONS, MIGRATION_PAUSE, CANCEL_TO_RELEASE,
+    TTFT, TTFT_QUEUE, TTFT_PREFILL, TTFT_TRANSFER, TTFT_FIRST_DECODE, TPOT, ITL, REQUESTS, SLO_REQUESTS, OUTPUT_TOKENS,
+    GOODPUT_TOKENS, REQUEST_VERIFIES, REQUEST_ACCEPTED, ROUTER_QUEUED, ROUTER_ACTIVE, DECISIONS, RETRIES, MIGRATIONS,
+    MIGRATION_PAUSE, CANCEL_TO_RELEASE,
 )  # fmt: skip
 WORKER_SERIES = (
-    STEPS, STEP_TIME, STEP_TOKENS, WORKER_QUEUED, WORKER_RUNNING, PREEMPTIONS, KV_BLOCKS, KV_BLOCKS_USED,
+    WORKER_ROLE, STEPS, STEP_TIME, STEP_TOKENS, WORKER_QUEUED, WORKER_RUNNING, PREEMPTIONS, KV_BLOCKS, KV_BLOCKS_USED,
     KV_BLOCKS_LEASED, LEASES, TRANSFER_BYTES, TRANSFER_TIME, MIGRATION_BYTES, DRAFTED, ACCEPTED, VERIFIES,
     DRAFT_ROUNDS, DRAFT_TREES, DRAFTS_USED, ACCEPTED_FROM, OFFERED_AT_DEPTH, ACCEPTED_AT_DEPTH, DRAFT_LENGTH,
     NODES_CHOSEN, GOALS_OUT_OF_REACH, SELECTION_TIME, ERRORS, REPORTS,
 )  # fmt: skip
 
 
+# When each series began is nothing anybody asks for, and would be a quarter of what is scraped.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class PassThrough(Collector):
+    """Series that a library of the same process counts, such as an engine's `vllm:*`, served beside ours."""
+
+    def __init__(self, prefix: str, source: CollectorRegistry = REGISTRY) -> None:
+        self._prefix = prefix
+        self._source = source
+
+    def collect(self) -> Iterator[Metric]:
+        return (family for family in self._source.collect() if family.name.startswith(self._prefix))
+
+
 class Metrics:
-    """The series of one process, in a registry of their own."""
+    """The series of one process, in a registry of their own, and its CPU time, memory and files (`process_*`)."""
 
     def __init__(self, series: tuple[Series, ...]) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         self._collectors = {each.name: self._make(each) for each in series}
         # Labels are bounded, so this is too; the library's own look-up costs more than the counting.
         self._children: dict[tuple[object, ...], Counter | Gauge | Histogram] = {}
@@ -211,6 +270,10 @@ class Metrics:
             )
         maker = Counter if series.kind is Kind.COUNTER else Gauge
         return maker(series.name, series.help, series.labels, registry=self.registry)
+
+    def pass_through(self, prefix: str) -> None:
+        """Serve a library's series of this name beside ours."""
+        self.registry.register(PassThrough(prefix))
 
     def add(self, series: Series, amount: float = 1.0, **labels: str) -> None:
         """Count up. Raises KeyError for a series this process did not declare."""

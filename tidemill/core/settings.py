@@ -10,9 +10,12 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tidemill.core.model import Role
+
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+Cost = Annotated[float, Field(ge=0)]  # seconds
 
 
 class SettingsError(ValueError):
@@ -41,8 +44,9 @@ class ModelSettings(Section):
 class EngineSettings(Section):
     """How a worker's engine runs a model."""
 
-    kind: Literal["native", "emulated"] = "native"
-    """`native` runs the model; `emulated` answers in the real protocol without one, for load tests of the rest."""
+    kind: Literal["native", "vllm", "emulated"] = "native"
+    """`native` runs dense models; `vllm` whatever vLLM does, in prefill and verify workers (the draft model stays with
+    `native`); `emulated` answers in the real protocol without one; see `emulated`."""
     device: str = "cpu"
     """Torch device of the worker: `cpu` or `cuda`."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -65,6 +69,52 @@ class EngineSettings(Section):
     """Keep the KV of full blocks after a request ends and reuse it for equal prefixes."""
 
 
+class LatencySettings(Section):
+    """How long a step takes. Coefficients in seconds; with all of them 0 a step takes no time of its own."""
+
+    model: Literal["linear", "fitted", "opt-13b"] = "linear"
+    """`linear`: the coefficients given here; `fitted`: those that fit the steps in `measured` best; `opt-13b`: what
+    DistServe measured for OPT-13B on one A100 with 80 GB."""
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    """Every step takes so many times as long; more than 1 lets a small machine keep up with many workers."""
+    step_s: Cost = 0.0
+    """`linear`: of every step."""
+    prefill_token_s: Cost = 0.0
+    """`linear`: of each prompt token."""
+    prefill_square_s: Cost = 0.0
+    """`linear`: of each token squared, summed over prompts: attention among a prompt's own tokens."""
+    decode_row_s: Cost = 0.0
+    """`linear`: of each sequence that decodes."""
+    context_token_s: Cost = 0.0
+    """`linear`: of each token these sequences attend to."""
+    drafted_row_s: Cost = 0.0
+    """`linear`: of each drafted token that is verified."""
+    measured: Path | None = None
+    """`fitted`: CSV file of measured steps, as `python -m benchmarks.step_times` writes it."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "LatencySettings":
+        if (self.model == "fitted") is not (self.measured is not None):
+            raise ValueError("`model: fitted` and `measured`, a file of measured steps, need each other")
+        return self
+
+
+class EmulatedSettings(Section):
+    """What the emulated engine pretends to run. Of the models' folders only config.json and the tokenizer are read."""
+
+    target: LatencySettings = LatencySettings()
+    """Of prefill and verify workers."""
+    draft: LatencySettings = LatencySettings()
+    """Of draft workers."""
+    agreement: Annotated[float, Field(ge=0.1, le=1)] = 1.0
+    """Share of positions at which the draft's first choice is the target's token, at temperature 0. The second choice
+    is right in the same share of the others, and so on."""
+    vocab_size: Annotated[int | None, Field(ge=64)] = None
+    """Tokens there are; none: as in config.json. With fewer than the tokenizer's, texts may be refused."""
+    context_length: Annotated[int | None, Field(gt=0)] = None
+    """Most tokens of a request; none: as in config.json."""
+
+
 class PoolSettings(Section):
     """How many workers start in each role. Draft workers are optional."""
 
@@ -85,6 +135,25 @@ class TlsSettings(Section):
     """Its private key."""
     client_ca: Path | None = None
     """If set, clients must show a certificate of this authority."""
+
+
+class NodeTlsSettings(Section):
+    """PEM files, the same on every node. The certificate is made for the name `tidemill-node`."""
+
+    certificate: Path
+    """What a node shows to the others, whoever called."""
+    key: Path
+    """Its private key."""
+    ca: Path
+    """The authority that signed it, and nothing but nodes' certificates."""
+
+
+class NetworkSettings(Section):
+    """Between the router and the workers."""
+
+    tls: NodeTlsSettings | None = None
+    """With it workers listen on their node's address, and take only callers that show a node's certificate. Without it
+    they listen on loopback, and the cluster is one machine."""
 
 
 class RouterSettings(Section):
@@ -191,7 +260,14 @@ class RaySettings(Section):
     """The Ray cluster the actors live in."""
 
     address: str | None = None
-    """`host:port` of a running cluster; none: `tidemill up` starts a head on this machine and `down` stops it."""
+    """`host:port` of a running cluster, or `auto` for the one this machine belongs to; none: `tidemill up` starts a
+    head on this machine and `down` stops it."""
+    min_nodes: Count = 1
+    """Nodes, with the head, that `up` waits for before it places workers; they spread over those that are there."""
+    ready_s: Seconds = 120.0
+    """How long `up` waits for nodes, for the router and for each worker; nodes that are yet to start need minutes."""
+    resources: dict[Role, dict[str, Annotated[float, Field(gt=0)]]] = {}
+    """Further Ray resources that workers ask for, by the role they start in: they decide where a pool lives."""
     cpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     """Ray CPUs reserved for each worker actor; 0 lets many share a small machine."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
@@ -204,9 +280,13 @@ class MetricsSettings(Section):
     """Prometheus endpoints of router and workers."""
 
     host: str = "127.0.0.1"
-    """Address the router's endpoint listens on."""
+    """Address the router's endpoint listens on. Other than loopback needs `network.tls`."""
     router_port: Port = 0
-    """0: any free port; `tidemill status` shows it. Workers always take a free port."""
+    """0: any free port; `tidemill status` shows it."""
+    worker_port: Port = 0
+    """0: any free port; a fixed one only where each worker has an address of its own, as a Kubernetes pod has."""
+    targets_file: Path | None = None
+    """Where the controller writes the list of all endpoints for Prometheus' file_sd; none: nowhere."""
 
 
 class Settings(Section):
@@ -218,8 +298,11 @@ class Settings(Section):
     draft: ModelSettings | None = None
     """Needed with `pools.draft > 0`."""
     engine: EngineSettings = EngineSettings()
+    emulated: EmulatedSettings = EmulatedSettings()
+    """Used with `engine.kind: emulated`."""
     pools: PoolSettings = PoolSettings()
     router: RouterSettings = RouterSettings()
+    network: NetworkSettings = NetworkSettings()
     split: SplitSettings = SplitSettings()
     speculation: SpeculationSettings = SpeculationSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
@@ -232,6 +315,10 @@ class Settings(Section):
     def _consistent(self) -> "Settings":
         if self.pools.draft and self.draft is None:
             raise ValueError("pools.draft > 0 needs a `draft` model; set draft.path, or pools.draft to 0")
+        if self.engine.kind == "vllm" and self.engine.device == "cpu" and self.engine.block_size % 32:
+            raise ValueError(
+                f"engine.block_size {self.engine.block_size}: vLLM's CPU kernels need 32, 64 or 128 tokens a block"
+            )
         if "default" not in self.slo:
             raise ValueError("slo needs a class named `default`")
         if self.deadlines.lease_s < self.deadlines.prefill_s:
@@ -240,6 +327,10 @@ class Settings(Section):
             raise ValueError(
                 f"router.host {self.router.host!r} is not loopback: set router.tls and router.token_file, "
                 "or listen on 127.0.0.1"
+            )
+        if not is_loopback(self.metrics.host) and self.network.tls is None:
+            raise ValueError(
+                f"metrics.host {self.metrics.host!r} is not loopback: set network.tls, or listen on 127.0.0.1"
             )
         return self
 
@@ -286,6 +377,9 @@ def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
     def rooted(model: ModelSettings | None) -> ModelSettings | None:
         return model and model.model_copy(update={"path": (base / model.path).resolve()})
 
+    def rooted_latency(latency: LatencySettings) -> LatencySettings:
+        return latency.model_copy(update={"measured": latency.measured and base / latency.measured})
+
     router = settings.router
     tls = router.tls and router.tls.model_copy(
         update={
@@ -295,10 +389,18 @@ def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
         }
     )
     token_file = router.token_file and base / router.token_file
+    nodes = settings.network.tls
+    nodes = nodes and NodeTlsSettings(certificate=base / nodes.certificate, key=base / nodes.key, ca=base / nodes.ca)
+    targets_file = settings.metrics.targets_file and base / settings.metrics.targets_file
     return settings.model_copy(
         update={
             "target": rooted(settings.target),
             "draft": rooted(settings.draft),
+            "emulated": settings.emulated.model_copy(
+                update={each: rooted_latency(getattr(settings.emulated, each)) for each in ("target", "draft")}
+            ),
             "router": router.model_copy(update={"tls": tls, "token_file": token_file}),
+            "network": NetworkSettings(tls=nodes),
+            "metrics": settings.metrics.model_copy(update={"targets_file": targets_file}),
         }
     )

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+VERDICTS = 3  # likely outcomes of a round that drafts made ahead of it have room for
 ROOT = -1  # stands for the last committed token
 _PRIME, _FACTOR = (1 << 61) - 1, 0x1B873593CC9E2D51 % ((1 << 61) - 1)
 
@@ -27,8 +28,11 @@ class Shape:
     nodes: int
 
     def times(self, rounds: int) -> "Shape":
-        """Room for this much more than once: after each round comes a token that the target chose alone."""
-        return Shape(self.depth * rounds + rounds - 1, self.width, self.nodes * rounds)
+        """Room for so many rounds, the first of which is known and the others of which follow verdicts that are not.
+
+        After each round comes a token that the target chooses alone; a further round has room for several verdicts.
+        """
+        return Shape(self.depth * rounds + rounds - 1, self.width, self.nodes * (1 + VERDICTS * (rounds - 1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,22 @@ class TokenTree:
             own = self.chances[node] if self.chances else 1.0
             chances.append(own if parent == ROOT else own * chances[parent])
         return chances
+
+    def best_chain(self, longest: int) -> list[int]:
+        """Tokens from the root on, each that of the child with the best chance, at most `longest`.
+
+        Where chances are not known the first child counts.
+        """
+        best: dict[int, int] = {}
+        for node, parent in enumerate(self.parents):
+            if parent not in best or (self.chances and self.chances[node] > self.chances[best[parent]]):
+                best[parent] = node
+        chain: list[int] = []
+        node = ROOT
+        while node in best and len(chain) < longest:
+            node = best[node]
+            chain.append(self.tokens[node])
+        return chain
 
     def subset(self, nodes: Iterable[int]) -> "TokenTree":
         """The tree of these nodes, in their order; every node's parent is among them, or is the root."""

@@ -21,6 +21,7 @@ from tidemill.core.messages import (
     Paused,
     Prefill,
     Prefilled,
+    Proceed,
     Refusal,
     Refused,
     Reserve,
@@ -114,7 +115,7 @@ def lease_from_pb(message: pb.Lease) -> Lease:
     )
 
 
-def command_to_pb(command: Command) -> pb.Command:
+def command_to_pb(command: Command) -> pb.Command:  # noqa: PLR0911 - one for each kind
     match command:
         case Reserve(request, ttl_s, drafter, headroom_tokens):
             return pb.Command(
@@ -137,9 +138,11 @@ def command_to_pb(command: Command) -> pb.Command:
             )
         case Resume(request_id):
             return pb.Command(resume=pb.Resume(request_id=request_id))
+        case Proceed(request_id):
+            return pb.Command(proceed=pb.Proceed(request_id=request_id))
 
 
-def command_from_pb(message: pb.Command) -> Command:
+def command_from_pb(message: pb.Command) -> Command:  # noqa: PLR0911 - one for each kind
     """Raises ValueError for a kind this release does not know."""
 
     def drafter(of: pb.Reserve | pb.Submit) -> Peer | None:
@@ -160,6 +163,8 @@ def command_from_pb(message: pb.Command) -> Command:
             return Migrate(migrate.request_id, lease_from_pb(migrate.lease), migrate.known_tokens)
         case "resume":
             return Resume(message.resume.request_id)
+        case "proceed":
+            return Proceed(message.proceed.request_id)
         case kind:
             raise ValueError(f"unknown command {kind!r}: router and worker are of different releases")
 

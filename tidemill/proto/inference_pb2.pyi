@@ -38,6 +38,32 @@ FINISH_REASON_STOP_STRING: FinishReason.ValueType  # 2
 FINISH_REASON_LENGTH: FinishReason.ValueType  # 3
 Global___FinishReason: _TypeAlias = FinishReason  # noqa: Y015
 
+class _Sameness:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _SamenessEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Sameness.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SAMENESS_UNSPECIFIED: _Sameness.ValueType  # 0
+    SAMENESS_EXACT: _Sameness.ValueType  # 1
+    """the same tokens, always"""
+    SAMENESS_ROUNDED: _Sameness.ValueType  # 2
+    """the same, but where two tokens are so nearly as likely that rounding decides"""
+    SAMENESS_DISTRIBUTED: _Sameness.ValueType  # 3
+    """tokens drawn from the same distribution, not the same tokens"""
+
+class Sameness(_Sameness, metaclass=_SamenessEnumTypeWrapper):
+    """What the engine promises of the tokens if the request were sent again, or had to go on elsewhere."""
+
+SAMENESS_UNSPECIFIED: Sameness.ValueType  # 0
+SAMENESS_EXACT: Sameness.ValueType  # 1
+"""the same tokens, always"""
+SAMENESS_ROUNDED: Sameness.ValueType  # 2
+"""the same, but where two tokens are so nearly as likely that rounding decides"""
+SAMENESS_DISTRIBUTED: Sameness.ValueType  # 3
+"""tokens drawn from the same distribution, not the same tokens"""
+Global___Sameness: _TypeAlias = Sameness  # noqa: Y015
+
 @_typing.final
 class TokenIds(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
@@ -455,12 +481,14 @@ class Summary(_message.Message):
     TIMING_FIELD_NUMBER: _builtins.int
     ROUTE_FIELD_NUMBER: _builtins.int
     SPECULATION_FIELD_NUMBER: _builtins.int
+    SAMENESS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     finish_reason: Global___FinishReason.ValueType
     prompt_tokens: _builtins.int
     output_tokens: _builtins.int
     seed: _builtins.int
+    sameness: Global___Sameness.ValueType
     @_builtins.property
     def timing(self) -> Global___Timing: ...
     @_builtins.property
@@ -479,10 +507,11 @@ class Summary(_message.Message):
         timing: Global___Timing | None = ...,
         route: Global___Route | None = ...,
         speculation: Global___Speculation | None = ...,
+        sameness: Global___Sameness.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["route", b"route", "speculation", b"speculation", "timing", b"timing"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "model", b"model", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "route", b"route", "seed", b"seed", "speculation", b"speculation", "timing", b"timing"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "model", b"model", "output_tokens", b"output_tokens", "prompt_tokens", b"prompt_tokens", "request_id", b"request_id", "route", b"route", "sameness", b"sameness", "seed", b"seed", "speculation", b"speculation", "timing", b"timing"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

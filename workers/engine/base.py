@@ -57,7 +57,7 @@ class KvLayout:
 class EngineInfo:
     """What an engine serves."""
 
-    kind: str  # "native", "emulated"
+    kind: str  # "native", "vllm", "emulated"
     vocab_size: int
     context_length: int
     eos_token_ids: frozenset[int]
@@ -120,6 +120,22 @@ class StepOutput:
     seconds: float = 0.0
 
 
+class LayerSink(Protocol):
+    """Takes a prompt's KV layer by layer, while the step that computes it still runs; called on the engine's thread."""
+
+    @property
+    def first_block(self) -> int:
+        """Earlier blocks are not wanted."""
+        ...
+
+    def take(self, layer: int, first_block: int, kv: torch.Tensor) -> None:
+        """`kv` [1, n, 2, kv_heads, block_size, head_dim] is one layer of the blocks first_block.., and the sink's own.
+
+        Layers come in order; the last one completes the blocks.
+        """
+        ...
+
+
 class Engine(Protocol):
     """One model on one accelerator. Not thread-safe: one thread calls it."""
 
@@ -133,8 +149,12 @@ class Engine(Protocol):
         """
         ...
 
-    def prefill(self, request: Request) -> None:
-        """Compute the KV of `request.kv_tokens` tokens, report progress, then hold. Raises RequestTooLong."""
+    def prefill(self, request: Request, sink: LayerSink | None = None) -> None:
+        """Compute the KV of `request.kv_tokens` tokens, report progress, then hold. Raises RequestTooLong.
+
+        An engine that can look into its steps hands each layer of the blocks a step completes to `sink`; blocks that
+        no sink took are there for `export_kv` afterwards.
+        """
         ...
 
     def follow(self, request_id: str, output: Sequence[int]) -> None:
@@ -174,16 +194,17 @@ class Engine(Protocol):
         """
         ...
 
-    def import_kv(self, request_id: str, first_block: int, kv: torch.Tensor) -> None:
-        """Copy `kv` [layers, n, 2, kv_heads, block_size, head_dim] into blocks first_block.. of a RECEIVING sequence.
+    def import_kv(self, request_id: str, first_block: int, kv: torch.Tensor, first_layer: int = 0) -> None:
+        """Copy `kv` [layers, n, 2, kv_heads, block_size, head_dim] into blocks first_block.. of a RECEIVING sequence,
+        layers first_layer.. of them.
 
         Raises KeyError if unknown, ValueError on a shape or range that does not fit.
         """
         ...
 
-    def activate(self, request_id: str, output: Sequence[int] = ()) -> None:
-        """All KV of a RECEIVING sequence came, which got `output` elsewhere since it was reserved: decode it until it
-        finishes. Blocks it does not need are freed.
+    def activate(self, request_id: str, end_block: int | None = None, output: Sequence[int] = ()) -> None:
+        """KV of a RECEIVING sequence came, all of it or that of the blocks before `end_block`: compute what is missing
+        and decode it until it finishes. `output`: what it got elsewhere since it was reserved; its KV came too.
 
         Raises KeyError if unknown, ValueError if `output` does not fit what was reserved, or ends the request.
         """

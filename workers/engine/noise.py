@@ -6,7 +6,7 @@ so a draft proposes the target's very token as often as their distributions allo
 """
 
 import math
-from collections.abc import Sequence
+from collections import OrderedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -28,9 +28,9 @@ def mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def mix_all(x: Bits, spare: Bits | None = None) -> Bits:
-    """`mix` of each number, in place. `spare` is scratch memory of the same shape."""
-    spare = np.empty_like(x) if spare is None else spare
+def mix_all(x: Bits) -> Bits:
+    """`mix` of each number, in place."""
+    spare = np.empty_like(x)
     np.add(x, _U_GOLDEN, out=x)
     np.right_shift(x, _U30, out=spare)
     np.bitwise_xor(x, spare, out=x)
@@ -47,9 +47,9 @@ def key_of(seed: int, position: int) -> int:
     return mix(mix(seed) ^ position)
 
 
-def gumbel(key: int, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-    """Standard Gumbel noise of each of `tokens` [n], with a key from `key_of`."""
-    return gumbel_of_bits(mix_all((tokens.astype(U64) * _U_GOLDEN) ^ U64(key)))
+def gumbel(keys: int | Bits, tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Standard Gumbel noise of each of `tokens`, with one key from `key_of`, or one for each."""
+    return gumbel_of_bits(mix_all((tokens.astype(U64) * _U_GOLDEN) ^ np.asarray(keys, U64)))
 
 
 def gumbel_of_bits(bits: Bits) -> npt.NDArray[np.float64]:
@@ -64,18 +64,25 @@ def bits_of(noise: float) -> np.uint64:
     return U64(max(int(math.exp(-math.exp(-noise)) * 2**64) - (1 << 20), 0))  # far more than what rounding can do
 
 
-class NoiseField:
-    """The random bits of a whole vocabulary at several positions at once. Owns the memory it works in."""
+class HighNoise:
+    """The few tokens of a vocabulary that have much noise, by position. A sequence's positions come up again and again:
+    in every node of a tree at the same depth, and from step to step."""
 
-    def __init__(self, vocabulary: int, elements: int = 1 << 16) -> None:
-        """`elements`: rows times vocabulary of one block of work, to stay in the processor's cache."""
-        self.rows = max(elements // vocabulary, 1)
+    def __init__(self, vocabulary: int, kept: int = 4096) -> None:
+        """Remembers the `kept` keys asked for last, about 250 bytes each."""
+        self.least = max(math.log(vocabulary / 20), 1.0)  # about twenty tokens of a whole vocabulary have more
+        self._bits = bits_of(self.least - 1e-6)
         self._tokens = np.arange(vocabulary, dtype=U64) * _U_GOLDEN
-        self._bits = np.empty((self.rows, vocabulary), U64)
-        self._spare = np.empty_like(self._bits)
+        self._kept = kept
+        self._known: OrderedDict[int, npt.NDArray[np.int64]] = OrderedDict()
 
-    def bits(self, keys: Sequence[int]) -> Bits:
-        """[keys, vocabulary], for at most `rows` keys. Overwritten by the next call."""
-        count = len(keys)
-        bits = np.bitwise_xor(self._tokens, np.array(keys, U64)[:, None], out=self._bits[:count])
-        return mix_all(bits, self._spare[:count])
+    def tokens(self, key: int) -> npt.NDArray[np.int64]:
+        """Ascending, all tokens with at least `least` noise, and perhaps some with a little less."""
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = np.flatnonzero(mix_all(self._tokens ^ U64(key)) > self._bits)
+            if len(self._known) > self._kept:
+                self._known.popitem(last=False)
+        else:
+            self._known.move_to_end(key)
+        return found

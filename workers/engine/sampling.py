@@ -4,7 +4,6 @@ A row's token depends on its logits, its request's parameters, its position and 
 Ties go to the lowest token id.
 """
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tidemill.types import SamplingParams, TokenLogprobs
-from workers.engine.noise import NoiseField, bits_of, gumbel, gumbel_of_bits, key_of
+from workers.engine.noise import HighNoise, gumbel, key_of
 from workers.engine.penalties import TokenCounts, has_penalties
 
 Floats = npt.NDArray[np.floating]
@@ -63,20 +62,16 @@ class Chooser:
     """Chooses tokens for an engine's rows. Owns the memory it works in."""
 
     def __init__(self, vocabulary: int) -> None:
-        self._noise = NoiseField(vocabulary)
-        # Of a whole vocabulary about twenty tokens have more noise than this.
-        self._high_noise = max(math.log(vocabulary / 20), 1.0)
-        self._high_bits = bits_of(self._high_noise - 1e-6)
+        self._high = HighNoise(vocabulary)
 
     def choose(self, best: list[int], logits: Floats, rows: Sequence[SampleRow]) -> None:
         """Overwrite `best`, the likeliest token of each row of `logits` [rows, vocabulary], where `rows` say so."""
         plain = [row for row in rows if row.sampler.plain]
-        for start in range(0, len(plain), self._noise.rows):
-            some = plain[start : start + self._noise.rows]
-            indices = [row.index for row in some]
+        if plain:
+            indices = [row.index for row in plain]
             first, end = indices[0], indices[-1] + 1
-            values = logits[first:end] if end - first == len(some) else logits[indices]
-            for index, token in zip(indices, self._draw(values, [best[i] for i in indices], some), strict=True):
+            values = logits[first:end] if end - first == len(plain) else logits[indices]
+            for index, token in zip(indices, self._draw(values, [best[i] for i in indices], plain), strict=True):
                 best[index] = token
         for row in rows:
             if not row.sampler.plain:
@@ -113,23 +108,22 @@ class Chooser:
         The k best score at least as high as the worst of the likeliest. So a token that is one of them either has much
         noise, which its random bits tell, or its value is not far below.
         """
-        count = len(rows)
-        bits = self._noise.bits([key_of(row.sampler.seed, row.position) for row in rows])
-        numbers = np.arange(count)
+        keys = [key_of(row.sampler.seed, row.position) for row in rows]
         temperatures = np.array([row.sampler.temperature for row in rows])
+        key_of_row, numbers = np.array(keys, np.uint64), np.arange(len(rows))
         at = numbers[:, None]
-        to_beat = (values[at, likeliest] / temperatures[:, None] + gumbel_of_bits(bits[at, likeliest])).min(1)
-        low = (to_beat - self._high_noise) * temperatures
+        noise = gumbel(key_of_row[:, None], likeliest)
+        to_beat = (values[at, likeliest] / temperatures[:, None] + noise).min(1)
+        low = (to_beat - self._high.least) * temperatures
         low -= 1e-5 * (np.abs(low) + temperatures)  # far more than what rounding to the values' type can do
         may_win = values >= low.astype(values.dtype)[:, None]
-        may_win |= bits > self._high_bits
+        for row, key in enumerate(keys):
+            may_win[row, self._high.tokens(key)] = True
         may_win[at, likeliest] = True
-        found = np.flatnonzero(may_win)
-        starts = np.searchsorted(found, np.arange(count + 1) * values.shape[1])
-        row_of = np.repeat(numbers, np.diff(starts))
-        scores = values.ravel()[found] / temperatures[row_of] + gumbel_of_bits(bits.ravel()[found])
-        tokens, bounds = found - row_of * values.shape[1], starts.tolist()
-        return [(tokens[bounds[i] : bounds[i + 1]], scores[bounds[i] : bounds[i + 1]]) for i in range(count)]
+        row_of, tokens = np.nonzero(may_win)
+        scores = values[row_of, tokens] / temperatures[row_of] + gumbel(key_of_row[row_of], tokens)
+        bounds = np.searchsorted(row_of, np.arange(len(rows) + 1)).tolist()
+        return [(tokens[bounds[i] : bounds[i + 1]], scores[bounds[i] : bounds[i + 1]]) for i in numbers]
 
     def rank(self, logits: Floats, rows: Sequence[SampleRow], count: int) -> list[Ranking]:
         """The `count` tokens each row of `logits` [rows, vocabulary] would choose first, best first, and a chance each.
@@ -139,13 +133,18 @@ class Chooser:
         """
         count = min(count, logits.shape[1])
         ranked: list[Ranking | None] = [None] * len(rows)
+        greedy = [row for row in rows if row.sampler.greedy]
         sampled = [row for row in rows if row.sampler.plain and row.sampler.temperature > 0.0]
-        for start in range(0, len(sampled), self._noise.rows):
-            some = sampled[start : start + self._noise.rows]
-            values = logits[[row.index for row in some]]
-            likeliest = np.argpartition(values, -count, axis=1)[:, -count:]
-            for row, (tokens, scores) in zip(some, self._contenders(values, likeliest, some), strict=True):
-                ranked[row.index] = _best(tokens, scores, count)
+        if greedy:
+            values = logits[[row.index for row in greedy]]
+            chances = _softmax_at(values, best := likeliest_tokens(values, count))
+            for row, tokens, chance in zip(greedy, best.tolist(), chances.tolist(), strict=True):
+                ranked[row.index] = tokens, chance
+        if sampled:
+            values = logits[[row.index for row in sampled]]
+            contenders = self._contenders(values, likeliest_tokens(values, count), sampled)
+            for row, (few, scores) in zip(sampled, contenders, strict=True):
+                ranked[row.index] = _best(few, scores, count)
         return [each or self._rank_one(logits[index], rows[index], count) for index, each in enumerate(ranked)]
 
     def _rank_one(self, logits: Floats, row: SampleRow, count: int) -> Ranking:
@@ -162,7 +161,7 @@ class Chooser:
 
 def _best(tokens: Ids, scores: Floats, count: int) -> Ranking:
     """The tokens with the highest scores, the first of equals first, and the softmax of all scores at them."""
-    if tokens.size > count:
+    if tokens.size > 256:
         among = np.flatnonzero(scores >= np.partition(scores, -count)[-count])
     else:
         among = np.arange(tokens.size)
@@ -187,12 +186,23 @@ def survivors(scores: npt.NDArray[np.float64], sampling: SamplingParams) -> Ids:
     return ids[weights >= sampling.min_p] if sampling.min_p > 0.0 else ids
 
 
-def likeliest_tokens(logits: Floats, count: int) -> list[list[int]]:
-    """Of each row of `logits` [rows, vocabulary] the `count` tokens with the largest, best first."""
-    among = np.argpartition(logits, -count, axis=1)[:, -count:]
-    order = np.argsort(-np.take_along_axis(logits, among, 1), axis=1, kind="stable")
-    likeliest: list[list[int]] = np.take_along_axis(among, order, 1).tolist()
-    return likeliest
+def likeliest_tokens(logits: Floats, count: int) -> Ids:
+    """Of each row of `logits` [rows, vocabulary] the `count` tokens with the largest: [rows, count], best first.
+
+    Few are asked for, so looking for the largest so many times is faster than any partition.
+    """
+    left, rows = logits.copy(), np.arange(len(logits))
+    found = np.empty((len(logits), count), np.int64)
+    for place in range(count):
+        found[:, place] = left.argmax(1)
+        left[rows, found[:, place]] = -np.inf
+    return found
+
+
+def _softmax_at(logits: Floats, tokens: Ids) -> Floats:
+    """The model's probabilities of some `tokens` [rows, n], the first of which is each row's likeliest."""
+    values = np.take_along_axis(logits, tokens, 1)
+    return np.exp(values - values[:, :1]) / np.exp(logits - values[:, :1]).sum(1, keepdims=True)
 
 
 def _largest(values: Floats, count: int) -> Ids:

@@ -13,7 +13,7 @@ LEASES_PER_EPOCH = 1 << 20
 
 @dataclass(slots=True, eq=False)
 class OpenLease:
-    """A lease that waits for its blocks. They come in order, over one link."""
+    """A lease that waits for its blocks. They come in order, over one link; the layers of some blocks too."""
 
     lease: Lease
     deadline: float  # monotonic seconds
@@ -21,6 +21,14 @@ class OpenLease:
     lifecycle: Lifecycle[LeaseState]
     moving: bool  # the request decodes elsewhere; which block is the last is said when it comes
     link: str = ""  # what feeds it, once something came
+    next_layer: int = 0  # of the blocks from `next_block` on
+
+    def take(self, blocks: int, first_layer: int, layers: int, of_layers: int) -> None:
+        """So many blocks came, or layers of them."""
+        self.next_layer = first_layer + layers
+        if self.next_layer == of_layers:
+            self.next_layer = 0
+            self.next_block += blocks
 
     @property
     def filled(self) -> bool:

@@ -25,12 +25,13 @@ class LinkError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class KvMessage:
-    """Blocks [first_block, first_block + kv.shape[1]) of a lease. The message owns `kv`."""
+    """Blocks [first_block, first_block + kv.shape[1]) of a lease, all layers of them or some. It owns `kv`."""
 
     lease_id: int
     request_id: str  # the sender's; does not travel
     first_block: int
     kv: Tensor  # [layers, blocks, 2, kv_heads, block_size, head_dim], contiguous
+    first_layer: int = 0
     # With the last blocks of a request that moves: the tokens it got since they were reserved. It goes on there.
     output: tuple[int, ...] | None = None
 
@@ -67,6 +68,7 @@ class Arrival:
     lease_id: int = 0
     first_block: int = 0
     kv: Tensor | None = None
+    first_layer: int = 0
     output: tuple[int, ...] | None = None  # see KvMessage
     seconds: float = 0.0
     error: str = ""

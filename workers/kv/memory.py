@@ -42,8 +42,8 @@ class _MemoryEnd:
         receiver = self._receivers.get(self._to)
         if self._closed or receiver is None:
             raise LinkError(f"{self._to} is gone")
-        kv = message.kv.clone()
-        receiver(Arrival(self._name, self._me, message.lease_id, message.first_block, kv, message.output))
+        kv, layer = message.kv.clone(), message.first_layer
+        receiver(Arrival(self._name, self._me, message.lease_id, message.first_block, kv, layer, message.output))
 
     def close(self) -> None:
         if not self._closed:

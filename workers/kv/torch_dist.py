@@ -24,9 +24,9 @@ from workers.kv.staging import Staging
 
 SENDER, RECEIVER = 0, 1
 HEADER_TAG, PAYLOAD_TAG, TOKENS_TAG = 0, 1, 2
-HEADER_WORDS = 5  # lease id, first block, blocks, tokens or NO_TOKENS, protocol version
+HEADER_WORDS = 7  # lease id, first block, blocks, first layer, layers, tokens or NO_TOKENS, protocol version
 NO_TOKENS = -1  # not the last message of a request that moves
-VERSION = 2
+VERSION = 3
 IDLE_S = 600.0  # a receiver gives up a link that is silent for so long; senders close theirs long before
 BUFFERS = 2  # of each link: one being received into, one being copied from
 MAX_LINKS_PER_SENDER = 4  # more than one only while broken ones linger
@@ -144,11 +144,12 @@ class _Incoming:
     def _receive(self, pair: Pair) -> Arrival:
         header = torch.zeros(HEADER_WORDS, dtype=torch.int64, device=pair.device)
         pair.receive(header, HEADER_TAG, IDLE_S)
-        lease_id, first_block, blocks, tokens, version = header.tolist()
-        if version != VERSION or not 0 < blocks <= MAX_BLOCKS or not NO_TOKENS <= tokens <= MAX_TOKENS:
-            raise LinkError(f"header {header.tolist()} is not of protocol {VERSION}")
+        lease_id, first_block, blocks, first_layer, layers, tokens, version = header.tolist()
         layout = self._host.layout
-        shape = (layout.layers, blocks, 2, layout.kv_heads, layout.block_size, layout.head_dim)
+        fits = 0 < blocks <= MAX_BLOCKS and 0 <= first_layer < first_layer + layers <= layout.layers
+        if version != VERSION or not fits or not NO_TOKENS <= tokens <= MAX_TOKENS:
+            raise LinkError(f"header {header.tolist()} is not of protocol {VERSION}")
+        shape = (layers, blocks, 2, layout.kv_heads, layout.block_size, layout.head_dim)
         dtype: torch.dtype = getattr(torch, layout.dtype)
         nbytes = math.prod(shape) * dtype.itemsize
         if pair.is_nccl:
@@ -164,7 +165,7 @@ class _Incoming:
         output = self._receive_tokens(pair, tokens)
         seconds = time.perf_counter() - started
         kv = buffer[:nbytes].view(dtype).view(shape)
-        return Arrival(self.name, str(self.sender), lease_id, first_block, kv, output, seconds, done=done)
+        return Arrival(self.name, str(self.sender), lease_id, first_block, kv, first_layer, output, seconds, done=done)
 
     @staticmethod
     def _receive_tokens(pair: Pair, count: int) -> tuple[int, ...] | None:
@@ -191,11 +192,12 @@ class TorchSendingEnd:
 
     def send(self, message: KvMessage) -> None:
         device = self._pair.device
+        layers, blocks = message.kv.shape[:2]
         output = message.output
-        words = [message.lease_id, message.first_block, message.kv.shape[1], NO_TOKENS, VERSION]
-        if output is not None:
-            words[3] = len(output)
-        self._pair.send(torch.tensor(words, device=device), HEADER_TAG)
+        tokens = NO_TOKENS if output is None else len(output)
+        words = [message.lease_id, message.first_block, blocks, message.first_layer, layers, tokens, VERSION]
+        header = torch.tensor(words, device=device)
+        self._pair.send(header, HEADER_TAG)
         self._pair.send(_as_bytes(message.kv.to(device)), PAYLOAD_TAG)
         if output:
             self._pair.send(torch.tensor(output, device=device), TOKENS_TAG)

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from tidemill.core import metrics
 from tidemill.core.messages import Lease
 from tidemill.core.metrics import Metrics
@@ -73,9 +75,17 @@ class Transfers:
             until = min(transfer.next_block + at_once, end_block)
             kv = self._engine.export_kv(transfer.request_id, transfer.next_block, until)
             last = output if until == end_block else None
-            feeder.put(KvMessage(transfer.lease.id, transfer.request_id, transfer.next_block, kv, last))
+            feeder.put(KvMessage(transfer.lease.id, transfer.request_id, transfer.next_block, kv, output=last))
             transfer.next_block = until
             transfer.unsent += 1
+
+    def send_layer(self, transfer: Transfer, layer: int, kv: Tensor) -> None:
+        """Hand one layer of the next blocks to the link. With the last layer they are sent."""
+        feeder = self.feeder(transfer)
+        feeder.put(KvMessage(transfer.lease.id, transfer.request_id, transfer.next_block, kv, layer))
+        transfer.unsent += 1
+        if layer == self._engine.info.kv.layers - 1:
+            transfer.next_block += kv.shape[1]
 
     def end(self, transfer: Transfer) -> None:
         """What the link has not begun to send is dropped."""

@@ -7,7 +7,20 @@ computed.
 
 from dataclasses import dataclass
 
-from tidemill.core.messages import Cancel, Command, Failure, Lease, Migrate, Prefill, Prefilled, Refusal, Resume
+from torch import Tensor
+
+from tidemill.core.messages import (
+    Cancel,
+    Command,
+    Failure,
+    Lease,
+    Migrate,
+    Prefill,
+    Prefilled,
+    Proceed,
+    Refusal,
+    Resume,
+)
 from tidemill.core.metrics import Metrics
 from tidemill.core.model import Request, Role
 from tidemill.core.settings import Settings
@@ -31,6 +44,19 @@ class Job:
     received_at: float
     started_at: float | None = None
     computed: bool = False  # its own blocks are free; copies may still be with the link
+    by_layer: bool = False  # the blocks from the transfer's next on are being handed over while the step runs
+
+
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """A job's workers.engine.base.LayerSink."""
+
+    role: "PrefillRole"
+    request_id: str
+    first_block: int
+
+    def take(self, layer: int, first_block: int, kv: Tensor) -> None:
+        self.role.send_layer(self.request_id, layer, first_block, kv)
 
 
 class PrefillRole:
@@ -62,8 +88,8 @@ class PrefillRole:
                 self._start(request, lease, now)
             case Cancel(request_id):
                 self.cancel(request_id)
-            case Migrate() | Resume():
-                pass  # nothing decodes here
+            case Proceed() | Migrate() | Resume():
+                pass  # for verify workers
             case _:
                 refuse(self._outbox, command.request.id, Refusal.WRONG_ROLE)
 
@@ -75,7 +101,7 @@ class PrefillRole:
             what = f"the lease is for blocks {lease.first_block}..{lease.end_block} of {blocks}"
             return fail(self._outbox, request.id, Failure.ENGINE, what)
         try:
-            self._engine.prefill(request)
+            self._engine.prefill(request, _Layers(self, request.id, lease.first_block))
         except RequestTooLong:
             return refuse(self._outbox, request.id, Refusal.TOO_LONG)
         except ValueError as error:
@@ -125,6 +151,17 @@ class PrefillRole:
             self._end_if_sent(job)
         elif self._transfers.feeder(transfer).backlog_bytes < LINK_BACKLOG_BYTES:
             self._transfers.send(transfer, progress.computed_tokens // self._engine.info.kv.block_size)
+
+    def send_layer(self, request_id: str, layer: int, first_block: int, kv: Tensor) -> None:
+        """Within a step: a layer of blocks that the step completes. They are exported afterwards unless the first layer
+        is sent now; then all of them are."""
+        job = self._jobs.get(request_id)
+        if job is None or first_block != job.transfer.next_block:
+            return
+        if layer == 0:
+            job.by_layer = self._transfers.feeder(job.transfer).backlog_bytes < LINK_BACKLOG_BYTES
+        if job.by_layer:
+            self._transfers.send_layer(job.transfer, layer, kv)
 
     def _end_if_sent(self, job: Job) -> None:
         if job.computed and job.transfer.unsent == 0:

@@ -20,6 +20,7 @@ from tidemill.core.messages import (
     FirstToken,
     LeaseGranted,
     Migrate,
+    Proceed,
     Refusal,
     Reserve,
     Resume,
@@ -93,6 +94,8 @@ class VerifyRole:
                 self._submit(request, drafter, now)
             case Cancel(request_id):
                 self.cancel(request_id)
+            case Proceed(request_id):
+                self._cut(request_id, "the router says so", now)
             case Migrate(request_id):
                 self._stay(request_id, now)
                 self._departures.begin(command, self._requests[request_id].tokens, now)
@@ -160,16 +163,27 @@ class VerifyRole:
         """Blocks came, or a link ended. Blocks of a lease that is over are dropped: nobody waits for them."""
         try:
             if arrival.kv is None:
-                self._on_link_ended(arrival)
+                self._on_link_ended(arrival, now)
             else:
                 self._on_blocks(arrival, now)
         finally:
             arrival.done()
 
-    def _on_link_ended(self, arrival: Arrival) -> None:
+    def _on_link_ended(self, arrival: Arrival, now: float) -> None:
         for entry in self._leases:
             if entry.link == arrival.link:
-                self._fail(entry.lease.request_id, Failure.KV_LINK, f"{arrival.sender}: {arrival.error}")
+                self._cut(entry.lease.request_id, f"{arrival.sender}: {arrival.error}", now)
+
+    def _cut(self, request_id: str, why: str, now: float) -> None:
+        """No more KV comes: what is here is kept, the rest is computed here; if it was to move here it stays there."""
+        entry = self._leases.of_request(request_id)
+        if entry is not None and entry.moving:
+            self._fail(request_id, Failure.KV_LINK, why)
+        elif entry is not None:
+            missing = entry.lease.end_block - entry.next_block
+            log.warning("%s: %d of its KV blocks are computed here, since %s", request_id, missing, why)
+            self._end_lease(entry, LeaseState.CUT)
+            self._engine.activate(request_id, entry.next_block)
 
     def _on_blocks(self, arrival: Arrival, now: float) -> None:
         kv = arrival.kv
@@ -181,19 +195,20 @@ class VerifyRole:
             return
         entry.link = arrival.link
         try:
-            if arrival.first_block != entry.next_block:
-                raise ValueError(f"block {arrival.first_block} came, expected {entry.next_block}")
-            self._engine.import_kv(entry.lease.request_id, arrival.first_block, kv)
+            came, expected = (arrival.first_block, arrival.first_layer), (entry.next_block, entry.next_layer)
+            if came != expected:
+                raise ValueError(f"block and layer {came} came, expected {expected}")
+            self._engine.import_kv(entry.lease.request_id, arrival.first_block, kv, arrival.first_layer)
         except Exception as error:  # a copy that fails costs the request, as a link that breaks does
             return self._fail(entry.lease.request_id, Failure.KV_LINK, f"{arrival.sender}: {error!r}")
-        entry.next_block += kv.shape[1]
+        entry.take(kv.shape[1], arrival.first_layer, kv.shape[0], self._engine.info.kv.layers)
         if entry.filled or arrival.output is not None:
             self._commit(entry, now, arrival.output or ())
 
     def _commit(self, entry: OpenLease, now: float, output: tuple[int, ...] = ()) -> None:
         """All blocks are here: they are the sequence's now, and it decodes. `output` came elsewhere meanwhile."""
         try:
-            self._engine.activate(entry.lease.request_id, output)
+            self._engine.activate(entry.lease.request_id, output=output)
         except ValueError as error:
             return self._fail(entry.lease.request_id, Failure.ENGINE, str(error))
         self._end_lease(entry, LeaseState.COMMITTED)

@@ -5,6 +5,7 @@ shape and all of them are verified, whatever that costs: the way of systems with
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tidemill.core.model import Decision
 from tidemill.core.settings import SpeculationSettings
@@ -30,6 +31,14 @@ MAX_AHEAD = 4
 OVERDUE = 0.25  # rounds that an answer which should be here is still expected to take
 
 
+@dataclass(frozen=True, slots=True)
+class AtHand:
+    """Tokens expected of the drafts that a request has, and its chance that one more drafted token is accepted."""
+
+    tokens: float
+    alpha: float
+
+
 class Pace:
     """Belongs to a speculator. Times are monotonic seconds."""
 
@@ -44,6 +53,8 @@ class Pace:
         self._decisions = 0
         self._last_at: float | None = None
         self._fresh_tokens = 1.0  # expected of a tree that was drafted from all of a request's tokens
+        self._step_s = FIRST_ROUND_S  # of a round, the engine's step
+        self._tokens = 1.0  # of a round
         self.round_s = FIRST_ROUND_S  # from one step to the next, all included
         self.overhead_s = 0.0  # of it, what is not the engine's
 
@@ -55,6 +66,8 @@ class Pace:
             took = min(now - self._last_at, 10 * self.round_s)  # an idle worker is not a slow one
             self.round_s += MEMORY * (took - self.round_s)
             self.overhead_s += MEMORY * (max(took - output.seconds, 0.0) - self.overhead_s)
+            self._step_s += MEMORY * (min(output.seconds, took) - self._step_s)
+            self._tokens += MEMORY * (sum(len(each.tokens) for each in output.outputs) - self._tokens)
         self._last_at = now if output.outputs else None
         if output.outputs and not output.progress and output.seconds > 0:
             self._times.observe(output.batch_tokens, context, output.seconds)
@@ -115,17 +128,24 @@ class Pace:
         rows = verify_budget(self._times, requests, context, self._settings.tolerance, most)
         return Budget(rows, most, self._settings.max_nodes)
 
-    def wait_until(self, at_hand: Sequence[float], answer: NextAnswer, now: float) -> float | None:
+    def wait_until(self, at_hand: Sequence[AtHand], answer: NextAnswer, now: float) -> float | None:
         """Until when the next step should wait; None: not at all.
 
-        `at_hand`: tokens expected of the drafts that are here, by request. Waiting loses the tokens that would come
-        meanwhile, and gains what the answer is expected to have more than what is at hand.
+        A step that does not wait gives 1 + h tokens, h being expected of what is at hand, and the answer will still be
+        there for the next one, less as many levels. So for the time of a step it brings those of the 1 + h tokens that
+        the answer would not have brought: alpha + alpha^2 + ... of them it would.
         """
         if not self._settings.adaptive:
-            return answer.deadline if any(each == 0.0 for each in at_hand) else None
+            return answer.deadline if any(not each.tokens for each in at_hand) else None
         if self._decided is not None and self._decided.choice == NO_DRAFTS:
             return None
-        gain = sum(max(self._fresh_tokens - each, 0.0) for each in at_hand)
-        tokens_per_s = sum(1.0 + each for each in at_hand) / self.round_s
-        expected_s = max(answer.expected_at - now, OVERDUE * self.round_s)
-        return answer.deadline if gain > expected_s * tokens_per_s else None
+        lacking = [each for each in at_hand if each.tokens < self._fresh_tokens]
+        brought = sum(1.0 + each.tokens - chain_tokens(each.alpha, 1.0 + each.tokens) for each in lacking)
+        wait_s = max(answer.expected_at - now, OVERDUE * self.round_s)
+        worth_s = self._step_s - brought / self._tokens * self.round_s
+        return answer.deadline if lacking and wait_s < worth_s else None
+
+
+def chain_tokens(alpha: float, levels: float) -> float:
+    """Expected of a chain of so many levels, of each of which the target takes the token with chance `alpha` < 1."""
+    return alpha * (1.0 - alpha**levels) / (1.0 - alpha)

@@ -20,7 +20,7 @@ from workers.speculation.acceptance import Proposal, Rule, check_pairing
 from workers.speculation.branch_cache import BranchCache
 from workers.speculation.calibration import Alpha, Calibration
 from workers.speculation.local import LocalDrafts
-from workers.speculation.pace import Pace
+from workers.speculation.pace import AtHand, Pace
 from workers.speculation.pool import DrafterPool
 from workers.speculation.remote import RoundResult, Want
 from workers.speculation.selection import Candidate, Reason, need, select
@@ -173,7 +173,7 @@ class Speculator:
         if answer is None:
             return None
         at_hand = [
-            sum(self._calibrated(self._cache.tree(each.request.id)[0]).path_chances())
+            AtHand(sum(self._calibrated(self._cache.tree(each.request.id)[0]).path_chances()), each.alpha.value)
             for each in self._decoding()
             if each.drafter is not None and each.room > 0
         ]

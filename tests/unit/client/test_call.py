@@ -18,9 +18,9 @@ from tidemill.errors import KIND_METADATA_KEY, TABLE, status_of
 def test_public_names_are_these() -> None:
     assert set(tidemill.__all__) == {
         "Client", "AsyncClient", "Tls", "SamplingParams", "Slo", "Message", "Chunk", "Completion", "Summary", "Timing",
-        "Route", "Speculation", "TokenLogprobs", "FinishReason", "ModelCard", "TidemillError", "InvalidRequest",
-        "ModelNotFound", "MessageTooLarge", "Unauthenticated", "Overloaded", "DeadlineExceeded", "Cancelled",
-        "Unavailable", "InternalError",
+        "Route", "Speculation", "TokenLogprobs", "FinishReason", "Sameness", "ModelCard", "TidemillError",
+        "InvalidRequest", "ModelNotFound", "MessageTooLarge", "Unauthenticated", "Overloaded", "DeadlineExceeded",
+        "Cancelled", "Unavailable", "InternalError",
     }  # fmt: skip
     assert all(hasattr(tidemill, name) for name in tidemill.__all__)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.support import gold
 from tidemill.types import SamplingParams
-from workers.engine.noise import NoiseField, bits_of, gumbel, gumbel_of_bits, key_of, mix, mix_all
+from workers.engine.noise import HighNoise, bits_of, gumbel, gumbel_of_bits, key_of, mix, mix_all
 from workers.engine.penalties import TokenCounts
 from workers.engine.sampling import Chooser, Sampler, SampleRow, log_probabilities
 
@@ -162,11 +162,20 @@ class TestNoise:
     def test_arrays_mix_as_numbers_do(self, numbers: list[int]) -> None:
         assert mix_all(np.array(numbers, np.uint64)).tolist() == [mix(number) for number in numbers]
 
-    def test_a_field_holds_the_same_noise(self) -> None:
-        field = NoiseField(SIZE)
-        keys = [key_of(3, position) for position in range(4)]
-        for key, bits in zip(keys, field.bits(keys), strict=True):
-            assert (gumbel_of_bits(bits) == gumbel(key, np.arange(SIZE))).all()
+    def test_all_tokens_with_much_noise_are_known(self) -> None:
+        high = HighNoise(SIZE, kept=2)
+        for position in (0, 1, 0, 2, 0, 1):  # some are remembered, others forgotten
+            noise = gumbel(key_of(3, position), np.arange(SIZE))
+            found = high.tokens(key_of(3, position))
+            assert set(np.flatnonzero(noise >= high.least)) <= set(found.tolist())
+            assert (noise[found] > high.least - 1e-3).all()
+            assert len(high._known) <= 2
+
+    def test_noise_of_many_positions_at_once(self) -> None:
+        keys = np.array([key_of(3, position) for position in range(4)], np.uint64)
+        tokens = np.array([5, 0, 7, 7])
+        each = [gumbel(int(key), np.array([token]))[0] for key, token in zip(keys, tokens, strict=True)]
+        assert gumbel(keys, tokens).tolist() == each
 
     @given(st.floats(-2.5, 20.0))
     def test_larger_bits_are_more_noise(self, noise: float) -> None:

@@ -5,7 +5,7 @@ import pytest
 from tests.support.workers import fixed_drafts
 from tidemill.core.tree import Shape
 from workers.engine.base import SequenceOutput, StepOutput
-from workers.speculation.pace import MAX_AHEAD, Pace
+from workers.speculation.pace import MAX_AHEAD, AtHand, Pace
 from workers.speculation.remote import NextAnswer
 from workers.speculation.step_time import StepTimes
 
@@ -52,16 +52,19 @@ class TestWaiting:
     def pace(self) -> Pace:
         return pace_of(0.0001)
 
-    def test_only_for_what_comes_soon(self, pace: Pace) -> None:
-        soon, late = NextAnswer(0.004, 0.1), NextAnswer(0.05, 0.1)
-        assert pace.wait_until([0.0], soon, 0.0) == 0.1
-        assert pace.wait_until([0.0], late, 0.0) is None
+    @pytest.mark.parametrize(("expected_s", "waits"), [(0.004, True), (0.007, True), (0.0095, False), (0.05, False)])
+    def test_not_for_what_comes_no_sooner_than_a_step(self, pace: Pace, expected_s: float, waits: bool) -> None:
+        """The step gives a token, which the answer has with a chance of 0.8."""
+        assert pace.wait_until([AtHand(0.0, 0.8)], NextAnswer(expected_s, 0.1), 0.0) == (0.1 if waits else None)
 
     def test_not_while_there_is_enough_at_hand(self, pace: Pace) -> None:
-        assert pace.wait_until([2.0], NextAnswer(0.004, 0.1), 0.0) is None
+        assert pace.wait_until([AtHand(2.0, 0.8)], NextAnswer(0.004, 0.1), 0.0) is None
+
+    def test_not_for_what_the_answer_will_hardly_be_right_about(self, pace: Pace) -> None:
+        assert pace.wait_until([AtHand(0.0, 0.3)], NextAnswer(0.004, 0.1), 0.0) is None
 
     def test_an_overdue_answer_is_not_for_nothing(self, pace: Pace) -> None:
         """It may come any moment, or not at all: what it is waited for with is a part of a round."""
         overdue = NextAnswer(0.004, 0.1)
-        assert pace.wait_until([0.0], overdue, 0.05) == 0.1
-        assert pace.wait_until([0.9], overdue, 0.05) is None
+        assert pace.wait_until([AtHand(0.0, 0.8)], overdue, 0.05) == 0.1
+        assert pace.wait_until([AtHand(0.9, 0.6)], overdue, 0.05) is None

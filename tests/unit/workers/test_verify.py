@@ -13,6 +13,7 @@ from tidemill.core.messages import (
     Failure,
     LeaseGranted,
     Prefill,
+    Proceed,
     Refusal,
     Refused,
     Reserve,
@@ -185,7 +186,8 @@ class TestLeased:
         trio.carry_kv()
         trio.assert_empty()
 
-    def test_a_link_that_breaks_fails_those_it_fed_and_no_others(self) -> None:
+    def test_a_link_that_breaks_costs_what_has_not_come_of_those_it_fed(self) -> None:
+        """They go on from what came; others wait for theirs."""
         trio = Trio()
         for name in "ab":
             trio.verify.send(Reserve(request_of(name, 100 if name == "a" else 120), 10.0))
@@ -194,12 +196,35 @@ class TestLeased:
         trio.prefill.turn()
         assert trio.carry_kv() == 1
         trio.break_link()
-        trio.verify.turn()
-        last = trio.verify.last("a")
-        assert isinstance(last, Failed)
-        assert last.failure is Failure.KV_LINK
+        assert trio.verify.metrics.value(metrics.LEASES, end="cut") == 1
+        rows = trio.verify.metrics.registry
+        before = rows.get_sample_value("tidemill_worker_step_tokens_sum", {"role": "verify"}) or 0.0
+        trio.verify.drain()
+        assert trio.verify.tokens("a") == plain(request_of("a", 100))
+        computed = (rows.get_sample_value("tidemill_worker_step_tokens_sum", {"role": "verify"}) or 0.0) - before
+        assert computed < 100 - 16 + len(trio.verify.tokens("a")), "what came was computed again"
         assert isinstance(trio.verify.last("b"), LeaseGranted)
         trio.cancel_all(["a", "b"])
+        trio.assert_empty()
+
+    @pytest.mark.parametrize("blocks", [0, 1])
+    def test_the_router_says_that_no_more_will_come(self, blocks: int) -> None:
+        trio = Trio()
+        request = request_of(tokens=100)
+        trio.verify.send(Reserve(request, 10.0))
+        trio.verify.turn()
+        trio.start_prefill("r")
+        trio.prefill.turn()
+        trio.carry_kv(blocks)
+        for _ in range(2):  # the second time there is nothing to say any more
+            trio.verify.send(Proceed("r"))
+            trio.verify.turn()
+        trio.verify.send(Proceed("r"), router=2)
+        trio.verify.drain()
+        assert trio.verify.tokens("r") == plain(request)
+        assert trio.verify.metrics.value(metrics.LEASES, end="cut") == 1
+        trio.carry_kv()
+        trio.cancel_all(["r"])
         trio.assert_empty()
 
     def test_the_end_of_an_older_link_does_not_hurt_what_a_newer_one_feeds(self, bench: Bench) -> None:

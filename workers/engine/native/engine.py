@@ -21,6 +21,7 @@ from workers.engine.base import (
     EngineInfo,
     GrowingTree,
     KvLayout,
+    LayerSink,
     OutOfBlocks,
     RequestTooLong,
     Reservation,
@@ -108,7 +109,8 @@ class NativeEngine:
     def submit(self, request: Request) -> None:
         self._scheduler.wait(self._new_sequence(request, decodes=True))
 
-    def prefill(self, request: Request) -> None:
+    def prefill(self, request: Request, sink: LayerSink | None = None) -> None:
+        """A step is one call of its kernels, so layers cannot be handed out within it."""
         self._scheduler.wait(self._new_sequence(request, decodes=False))
 
     def _new_sequence(self, request: Request, *, decodes: bool) -> Sequence:
@@ -178,24 +180,27 @@ class NativeEngine:
         sequence.kv.grow(wanted)
         return Reservation(first, len(sequence.kv.blocks))
 
-    def import_kv(self, request_id: str, first_block: int, kv: Tensor) -> None:
+    def import_kv(self, request_id: str, first_block: int, kv: Tensor, first_layer: int = 0) -> None:
         table, count = self._receiving(request_id).kv, kv.shape[1]
         if first_block < table.published or first_block + count > len(table.blocks):
             raise ValueError(f"blocks {first_block}..{first_block + count} are not among those reserved")
-        if kv.shape[2:] != self._kv.shape[2:] or kv.shape[0] != self._kv.shape[0] or kv.dtype != self._kv.dtype:
+        layers = self._kv[first_layer : first_layer + kv.shape[0]]
+        if kv.shape[2:] != layers.shape[2:] or kv.shape[0] != layers.shape[0] or kv.dtype != layers.dtype:
             raise ValueError(f"KV is {tuple(kv.shape)} {kv.dtype}, expected blocks of {self.info.kv}")
-        self._kv[:, list(table.blocks[first_block : first_block + count])] = kv.to(self._kv.device)
+        layers[:, list(table.blocks[first_block : first_block + count])] = kv.to(self._kv.device)
 
-    def activate(self, request_id: str, output: Tokens[int] = ()) -> None:
+    def activate(self, request_id: str, end_block: int | None = None, output: Tokens[int] = ()) -> None:
         sequence = self._receiving(request_id)
-        computed = len(sequence.tokens) + len(output) - 1
-        if sequence.kv.missing(computed):
+        wanted = len(sequence.tokens) + len(output) - 1
+        if sequence.kv.missing(wanted):
             raise ValueError(f"{len(output)} tokens came meanwhile, more than blocks were reserved for")
         for token in output:
             if sequence.append(token, self.info.eos_token_ids, self.info.context_length):
                 raise ValueError(f"request {request_id} is over with the tokens it got elsewhere")
-        sequence.kv.advance(sequence.tokens, computed)
-        sequence.kv.trim()
+        came = wanted if end_block is None else min(end_block * self._block_size, wanted)
+        sequence.kv.advance(sequence.tokens, max(came, sequence.kv.computed))
+        if end_block is None:
+            sequence.kv.trim()
         self._scheduler.run(sequence)
 
     def pause(self, request_id: str) -> bool:
@@ -329,7 +334,7 @@ class NativeEngine:
 
     def _successors_in(self, piece: Slice, root: int, logits: Floats) -> tuple[Successors, ...]:
         """`logits` [1 + nodes, vocabulary] of the root's row and the nodes'."""
-        likeliest = likeliest_tokens(logits, self._successors)
+        likeliest = likeliest_tokens(logits, self._successors).tolist()
         tokens = [root, *(piece.draft.tokens[node] for node in piece.nodes)]
         return tuple((token, tuple(after)) for token, after in zip(tokens, likeliest, strict=True))
 

@@ -1,0 +1,69 @@
+"""Pictures of a load test: attainment and goodput against rate, and how TTFT and TPOT are distributed."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from cluster.bench.summary import ALL, OK, ClassSummary, Exchange
+from tidemill import Slo
+
+WIDE = (9.0, 3.6)  # inches
+
+
+def plot_rates(path: Path, rows: Sequence[ClassSummary]) -> None:
+    """Against the rate offered: the share of requests in their goal, and how many that is a second."""
+    figure, (left, right) = _two_axes()
+    for name in dict.fromkeys(row.slo_class for row in rows):
+        own = [row for row in rows if row.slo_class == name]
+        style = {"color": "black", "linewidth": 2.0} if name == ALL else {}
+        rates = [row.rate for row in own]
+        left.plot(rates, [100 * row.attainment for row in own], marker="o", label=name, **style)  # type: ignore[arg-type]
+        right.plot(rates, [row.goodput for row in own], marker="o", label=name, **style)  # type: ignore[arg-type]
+    offered = [0.0, max(row.rate for row in rows)]
+    right.plot(offered, offered, linestyle=":", color="grey", label="offered")
+    left.axhline(90, linestyle=":", color="grey")
+    left.set(xlabel="requests / s", ylabel="in their goal, %", xlim=(0, None), ylim=(-3, 103))
+    right.set(xlabel="requests / s", ylabel="goodput, requests / s", xlim=(0, None), ylim=(0, None))
+    _finish(figure, (left, right), path)
+
+
+def plot_distributions(path: Path, exchanges: Iterable[Exchange], goals: Mapping[str, Slo]) -> None:
+    """CDFs over answers in full: a line for each rate, or, if there is one only, for each class, with its goal."""
+    answered = [each for each in exchanges if each.result == OK]
+    rates = sorted({each.rate for each in answered})
+    figure, axes = _two_axes()
+    for axis, field, label in zip(axes, ("ttft_s", "tpot_s"), ("TTFT", "TPOT"), strict=True):
+        if len(rates) > 1:
+            for index, rate in enumerate(rates):
+                color = mpl.colormaps["viridis"](index / len(rates))
+                _cdf(axis, [getattr(e, field) for e in answered if e.rate == rate], f"{rate:.3g} / s", color)
+        else:
+            for index, (name, goal) in enumerate(goals.items()):
+                color = mpl.colormaps["tab10"](index)
+                _cdf(axis, [getattr(e, field) for e in answered if e.arrival.slo_class == name], name, color)
+                axis.axvline(1e3 * getattr(goal, field), linestyle=":", color=color)
+        axis.set(xlabel=f"{label}, ms", ylabel="share of requests, %", ylim=(0, 101), xscale="log")
+    _finish(figure, axes, path)
+
+
+def _cdf(axis: Axes, seconds: Iterable[float], label: str, color: tuple[float, float, float, float]) -> None:
+    ranked = sorted(1e3 * each for each in seconds if each > 0)  # a single token has no TPOT
+    shares = [100 * (index + 1) / len(ranked) for index in range(len(ranked))]
+    axis.step([*ranked[:1], *ranked], [0.0, *shares] if ranked else [], where="post", label=label, color=color)
+
+
+def _two_axes() -> tuple[Figure, tuple[Axes, Axes]]:
+    figure = Figure(figsize=WIDE, layout="constrained")  # no pyplot: it would look for a display
+    left, right = figure.subplots(1, 2)
+    return figure, (left, right)
+
+
+def _finish(figure: Figure, axes: Iterable[Axes], path: Path) -> None:
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize="small", frameon=False)
+    figure.savefig(path, dpi=150)
