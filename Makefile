@@ -8,7 +8,7 @@ VLLM := .venv-vllm
 DEPLOY_TOOLS := prometheus openssh-server openssh-client iproute2 rsync openssl git
 PROTOS := tidemill/proto/inference.proto tidemill/core/control.proto
 
-.PHONY: help env demo test test-vllm test-deploy lint types unit e2e identity docs bench protos clean
+.PHONY: help env demo test test-vllm test-deploy lint types unit e2e identity switches docs bench protos clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
@@ -60,6 +60,10 @@ test-deploy: env
 identity: env
 	$(BIN)/python -m pytest tests/e2e/test_identity.py tests/e2e/test_drafts.py --all-prompts --timeout 1200
 
+# make switches: 60 changes of role in a row under streaming load.
+switches: env
+	$(BIN)/python -m pytest tests/e2e/test_moves.py -k changes_of_role --all-switches --timeout 1200
+
 # make docs: the pages, dashboards and rules that are made from declarations.
 docs: env
 	$(BIN)/python docs/build.py
@@ -71,6 +75,7 @@ bench: env $(VLLM)/.installed
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.kv_link
+	$(BIN)/python -m benchmarks.migration
 	$(BIN)/python -m benchmarks.scraping
 	$(BIN)/python -m benchmarks.router_throughput --ray-serve
 

@@ -29,7 +29,8 @@ class Journey:
     without_place_since: float = 0.0
     kv_from: WorkerId | None = None  # the prefill worker whose KV is on its way
     kv_lost: bool = False  # the prefill worker failed, and the verify worker computes what has not come
-    failures: int = 0
+    retries: int = 0  # attempts that came to nothing
+    failures: int = 0  # those of them that a worker is to blame for
     split_reason: str = ""
     prefill_worker: str = ""
     verify_worker: str = ""
@@ -49,9 +50,13 @@ class Journey:
 
         A worker may still be sending tokens of an earlier attempt when it is given a new one; the id tells them apart.
         """
-        self.attempts += 1
         self.kv_lost = False
-        return replace(self.request.resumed(self.sent), id=f"{self.request.id}#{self.attempts}")
+        return replace(self.request.resumed(self.sent), id=self.next_id())
+
+    def next_id(self) -> str:
+        """Under which the request has not been known to any worker."""
+        self.attempts += 1
+        return f"{self.request.id}#{self.attempts}"
 
     def prefilled(self, event: Prefilled | None, now: float) -> None:
         """The prompt's KV is computed; None if the verify worker had all of it."""
@@ -107,7 +112,7 @@ class Journey:
                 self.tpot_s,
                 now - self.arrived_at,
             ),
-            route=Route(self.prefill_worker, self.verify_worker, self.draft_worker, self.split_reason, self.failures),
+            route=Route(self.prefill_worker, self.verify_worker, self.draft_worker, self.split_reason, self.retries),
             speculation=Speculation(self.verify_steps, self.drafted, self.accepted),
             sameness=sameness(engine, self.request.sampling),
         )

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Sequence
+from enum import StrEnum
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -12,6 +13,8 @@ from prometheus_client import start_http_server
 
 from router.auth import BearerToken, read_secret, server_credentials
 from router.gate import Gate
+from router.move import MoveOutcome
+from router.moves import MoveReason
 from router.policy.admission import AdmissionLimits
 from router.pools_view import PoolsView, attach_over
 from router.route import Router
@@ -23,7 +26,7 @@ from tidemill.core import metrics
 from tidemill.core.channels import NodeChannels
 from tidemill.core.clock import Clock, SystemClock
 from tidemill.core.metrics import ROUTER_SERIES, Metrics
-from tidemill.core.model import Member, Role
+from tidemill.core.model import Member, Role, WorkerId
 from tidemill.core.settings import Settings
 from tidemill.core.telemetry import RouterTelemetry
 from tidemill.proto.inference_pb2_grpc import add_InferenceServicer_to_server
@@ -55,8 +58,10 @@ class RouterServer:
         )
         limits = AdmissionLimits(settings.router.max_active, settings.router.max_queued)
         self._gate = Gate(limits, self.metrics)
-        router = Router(settings, self._pools, self._gate, self._telemetry, self.metrics, self._clock, random.Random())
-        self._servicer = Servicer(settings, self._model, router, self._telemetry, self.metrics, self._clock)
+        self._router = Router(
+            settings, self._pools, self._gate, self._telemetry, self.metrics, self._clock, random.Random()
+        )
+        self._servicer = Servicer(settings, self._model, self._router, self._telemetry, self.metrics, self._clock)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._tasks: list[asyncio.Task[None]] = []
         self._server: grpc.aio.Server | None = None
@@ -126,12 +131,21 @@ class RouterServer:
             task.cancel()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
+        await self._router.close()
         await self._pools.close()
         await self._stop_metrics()
 
     async def set_members(self, members: Sequence[Member]) -> None:
         """The workers there are now; called when one comes, goes or restarts."""
         await self._pools.set_members(members)
+
+    def decoding(self) -> dict[str, WorkerId]:
+        """The requests that could be moved now, and the verify workers they decode on."""
+        return self._router.decoding()
+
+    async def move(self, request_id: str, to: WorkerId, reason: StrEnum = MoveReason.ASKED) -> MoveOutcome:
+        """Have a request decode on another verify worker; returns when it does, or when that has come to nothing."""
+        return await self._router.move(request_id, to, reason)
 
     async def _watch_health(self) -> None:
         """Serving means: a request could be placed now."""

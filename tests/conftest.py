@@ -15,6 +15,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-switches", action="store_true", help="test of changes of role in a row: 60 instead of 6")
     parser.addoption(
         "--all-prompts", action="store_true", help="identity tests: all 50 held-out prompts and longer answers"
     )

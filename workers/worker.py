@@ -1,7 +1,7 @@
 """A worker: one engine thread, a control service, and the role that says what a step means.
 
     routers, verify workers ──gRPC──> service ──mailbox──> engine thread: role.handle, engine.step, role.after_step
-    prefill workers ──KV links──────────────────^               └──> one StepReport per router and turn
+    workers with KV for it ──KV links───────────^               └──> one StepReport per router and turn
 
 Everything that touches the engine runs on its one thread, as a call from the mailbox or as a part of a step.
 """
@@ -89,7 +89,7 @@ class Worker:
         self._channels = NodeChannels(settings.network.tls)
         self._service = ControlService(self, host, self._channels)
         self._links: LinkHost | None = None  # made with the first verify role
-        self._feeders: list[Outgoing] = []  # the prefill role's, which closes them; waited for at the end
+        self._feeders: list[Outgoing] = []  # the roles', which close them; waited for at the end
         self._address = ""
         self._running = False
 
@@ -191,22 +191,23 @@ class Worker:
 
     def make(self, role: Role, engine: Engine, me: WorkerId, outbox: Outbox) -> WorkerRole:
         peer = Peer(me, self._address)
-        if role is Role.PREFILL:
-            opener = link_opener(peer, self._host, engine.info.kv, self._channels, self._settings)
-
-            def feed(to: Peer, sent: Sent, failed: NotSent) -> Outgoing:
-                self._feeders = [each for each in self._feeders if not each.join(0.0)]
-                self._feeders.append(Outgoing(to, sent, failed, opener))
-                return self._feeders[-1]
-
-            return PrefillRole(engine, outbox, self._settings, self.metrics, feed, self._mailbox.deliver)
         if role is Role.DRAFT:
             return DraftRole(engine, outbox, self._settings)
+        opener = link_opener(peer, self._host, engine.info.kv, self._channels, self._settings)
+
+        def feed(to: Peer, sent: Sent, failed: NotSent) -> Outgoing:
+            self._feeders = [each for each in self._feeders if not each.join(0.0)]
+            self._feeders.append(Outgoing(to, sent, failed, opener))
+            return self._feeders[-1]
+
+        deliver = self._mailbox.deliver
+        if role is Role.PREFILL:
+            return PrefillRole(engine, outbox, self._settings, self.metrics, feed, deliver)
         if self._links is None:
             device, timeout_s = torch.device(self._settings.engine.device), self._settings.deadlines.link_s
             self._links = LinkHost(self._host, engine.info.kv, device, timeout_s, self._kv_came)
         drafters = DrafterPool(self._settings.speculation.wait_s, self._service.connect_drafter)
-        return VerifyRole(engine, outbox, self._settings, self.metrics, peer, drafters, self._step_times)
+        return VerifyRole(engine, outbox, self._settings, self.metrics, peer, drafters, self._step_times, feed, deliver)
 
     def leave(self) -> None:
         if self._links is not None:
@@ -272,7 +273,7 @@ class Worker:
         self._mailbox.deliver(run)
 
     def accept_link(self, sender: Peer, receiver: WorkerId, layout: str) -> tuple[str, str]:
-        """(rendezvous, group) for a prefill worker that is about to send. Raises ValueError if it has the wrong one."""
+        """(rendezvous, group) for a worker that is about to send KV. Raises ValueError if it has the wrong one."""
         standing, links = self._loop.standing, self._links
         if receiver != standing.worker:
             raise ValueError(f"{receiver} is gone; this is {standing.worker}")

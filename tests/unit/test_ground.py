@@ -130,6 +130,8 @@ events = st.one_of(
     st.builds(messages.Refused, names, st.sampled_from(messages.Refusal)),
     st.builds(messages.Prefilled, names, st.floats(0, 9), st.floats(0, 9)),
     st.builds(messages.Failed, names, st.sampled_from(messages.Failure), names),
+    st.builds(messages.Paused, names, st.integers(0, 2**60)),
+    st.builds(messages.Staying, names, st.integers(0, 2**60), st.sampled_from(messages.Stay)),
     st.builds(
         messages.Tokens,
         names,
@@ -143,10 +145,12 @@ events = st.one_of(
 )
 loads = st.builds(WorkerLoad, *[st.integers(0, 9)] * 8, st.floats(0, 9))
 commands = st.one_of(
-    st.builds(messages.Reserve, requests, st.floats(0, 9), st.none() | peers),
+    st.builds(messages.Reserve, requests, st.floats(0, 9), st.none() | peers, st.integers(0, 999)),
     st.builds(messages.Submit, requests, st.none() | peers),
     st.builds(messages.Prefill, requests, leases),
     st.builds(messages.Cancel, names),
+    st.builds(messages.Migrate, names, leases, st.integers(0, 2**31)),
+    st.builds(messages.Resume, names),
 )
 
 

@@ -131,6 +131,15 @@ RETRIES = _counter(
     "retries_total", "Requests taken elsewhere, by the failure that caused it.",
     "Look at the workers that failed.", "failure",
 )  # fmt: skip
+MIGRATIONS = _counter(
+    "migrations_total", "Moves of decoding requests to other verify workers, by how they ended and why they began.",
+    "Refused: the others are full. Failed or timeout: look at the KV links. What did not move decodes where it was.",
+    "outcome", "reason",
+)  # fmt: skip
+MIGRATION_PAUSE = _latency(
+    "migration_pause", "Time a request that moved got no token: from its pause to its first token elsewhere.",
+    "Steps of the verify workers are long, or the router is busy.",
+)  # fmt: skip
 CANCEL_TO_RELEASE = _latency(
     "cancel_to_release", "From a client's leaving to all its workers having been told.",
     "The router's event loop is too busy.",
@@ -163,6 +172,10 @@ KV_BLOCKS_LEASED = _gauge(
 LEASES = _counter("kv_leases_total", "Leases by how they ended.", "Expired ones: a prefill worker or link died.", "end")
 TRANSFER_BYTES = _counter("kv_transfer_bytes_total", "KV bytes over links.", "Bandwidth in use.", "direction")
 TRANSFER_TIME = _latency("kv_transfer", "Time of one KV message on a link.", "Links are slow or shared.", "direction")
+MIGRATION_BYTES = _counter(
+    "migration_bytes_total", "KV bytes sent to other verify workers for requests that move there.",
+    "Bandwidth that moves take from hand-overs.",
+)  # fmt: skip
 DRAFTED = _counter("draft_tokens_total", "Draft tokens verified.", "None: drafts are late or off.")
 ACCEPTED = _counter("accepted_tokens_total", "Draft tokens accepted.", "Falling share: the draft fits the load less.")
 VERIFIES = _counter("verify_steps_total", "Sequences verified or decoded, one a step.", "Base of tokens per verify.")
@@ -235,14 +248,14 @@ ATTAINMENT = _gauge(
 CONTROLLER_SERIES = (CONTROLLER_DECISIONS, ROLE_SWITCHES, ROLE_SWITCH_TIME, WORKERS, ROLE_LOAD, ATTAINMENT)
 ROUTER_SERIES = (
     TTFT, TTFT_QUEUE, TTFT_PREFILL, TTFT_TRANSFER, TTFT_FIRST_DECODE, TPOT, ITL, REQUESTS, SLO_REQUESTS, OUTPUT_TOKENS,
-    GOODPUT_TOKENS, REQUEST_VERIFIES, REQUEST_ACCEPTED, ROUTER_QUEUED, ROUTER_ACTIVE, DECISIONS, RETRIES,
-    CANCEL_TO_RELEASE,
+    GOODPUT_TOKENS, REQUEST_VERIFIES, REQUEST_ACCEPTED, ROUTER_QUEUED, ROUTER_ACTIVE, DECISIONS, RETRIES, MIGRATIONS,
+    MIGRATION_PAUSE, CANCEL_TO_RELEASE,
 )  # fmt: skip
 WORKER_SERIES = (
     WORKER_ROLE, STEPS, STEP_TIME, STEP_TOKENS, WORKER_QUEUED, WORKER_RUNNING, PREEMPTIONS, KV_BLOCKS, KV_BLOCKS_USED,
-    KV_BLOCKS_LEASED, LEASES, TRANSFER_BYTES, TRANSFER_TIME, DRAFTED, ACCEPTED, VERIFIES, DRAFT_ROUNDS, DRAFT_TREES,
-    DRAFTS_USED, ACCEPTED_FROM, OFFERED_AT_DEPTH, ACCEPTED_AT_DEPTH, DRAFT_LENGTH, NODES_CHOSEN, GOALS_OUT_OF_REACH,
-    SELECTION_TIME, ERRORS, REPORTS,
+    KV_BLOCKS_LEASED, LEASES, TRANSFER_BYTES, TRANSFER_TIME, MIGRATION_BYTES, DRAFTED, ACCEPTED, VERIFIES,
+    DRAFT_ROUNDS, DRAFT_TREES, DRAFTS_USED, ACCEPTED_FROM, OFFERED_AT_DEPTH, ACCEPTED_AT_DEPTH, DRAFT_LENGTH,
+    NODES_CHOSEN, GOALS_OUT_OF_REACH, SELECTION_TIME, ERRORS, REPORTS,
 )  # fmt: skip
 
 

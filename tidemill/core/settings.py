@@ -177,6 +177,8 @@ class RouterSettings(Section):
     """For requests without a deadline of their own."""
     max_retries: Annotated[int, Field(ge=0)] = 1
     """How often a request goes on elsewhere after its worker failed."""
+    move_headroom_tokens: Count = 256
+    """Room for tokens that a request gets while its KV is copied to another verify worker."""
 
 
 class SplitSettings(Section):
@@ -238,8 +240,12 @@ class DeadlineSettings(Section):
     """Opening a KV link, and one message on it."""
     lease_s: Seconds = 90.0
     """Life of a KV lease; longer than prefill and transfer together."""
+    move_s: Seconds = 10.0
+    """Copying a decoding request's KV to another verify worker; it decodes on meanwhile."""
+    resume_s: Seconds = 2.0
+    """From its pause to its next token there; after it, it goes on where it was."""
     drain_s: Seconds = 5.0
-    """How long running requests may go on when a worker changes role or stops."""
+    """How long running requests may stay when a worker changes role or stops."""
 
 
 class SloSettings(Section):

@@ -10,7 +10,18 @@ agree. Its words change the speed of a request, never its tokens.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from tidemill.core.messages import Cancel, Command, Draft, DraftAsk, DraftCall, DraftReply, Failure, Proceed, Refusal
+from tidemill.core.messages import (
+    Command,
+    Draft,
+    DraftAsk,
+    DraftCall,
+    DraftReply,
+    Failure,
+    Prefill,
+    Refusal,
+    Reserve,
+    Submit,
+)
 from tidemill.core.model import Request, Role
 from tidemill.core.settings import Settings
 from tidemill.core.tree import ROOT, Shape, prefix_hash
@@ -188,10 +199,11 @@ class DraftRole:
     # --- WorkerRole ---------------------------------------------------------------------------------------------
 
     def handle(self, command: Command, now: float) -> None:
-        if isinstance(command, Cancel | Proceed):
-            self._outbox.forget(command.request_id)
-        else:
-            refuse(self._outbox, command.request.id, Refusal.WRONG_ROLE)
+        match command:
+            case Reserve() | Submit() | Prefill():
+                refuse(self._outbox, command.request.id, Refusal.WRONG_ROLE)
+            case _:
+                self._outbox.forget(command.request_id)
 
     def cancel(self, request_id: str) -> None:
         """Routers hold nothing here; verify workers close their own requests."""
@@ -218,6 +230,9 @@ class DraftRole:
                 self._advance(known)
         for stream in self._streams.values():
             stream.flush(self._step_s)
+
+    def drain(self) -> None:
+        """Drafts are not worth waiting for."""
 
     def give_up(self, failure: Failure, detail: str) -> None:
         """Forget every request, and say so."""
