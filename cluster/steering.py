@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.policy.rebalance import Memory, RebalanceConfig, RoleChange, Situation, rebalance, view_loads
+from cluster.policy.rebalance import Memory, RebalanceConfig, RoleChange, Situation, loads_of, rebalance
 from cluster.policy.splits import Bounds
 from tidemill.core import metrics
 from tidemill.core.metrics import Metrics
@@ -102,7 +102,7 @@ class Steering:
 
     def _record(self, telemetry: RouterTelemetry, changes: tuple[RoleChange, ...], reason: str, wall: float) -> None:
         counts = {role: sum(each.role is role and each.accepting for each in telemetry.workers) for role in Role}
-        loads = view_loads(telemetry).ratios(counts)
+        loads = loads_of(telemetry).ratios(counts)
         for role in Role:
             self._metrics.set(metrics.WORKERS, counts[role], role=role)
         for role, load in loads.items():

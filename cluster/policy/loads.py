@@ -29,53 +29,60 @@ PRIOR, PRIOR_WEIGHT = 0.25, 0.01  # of a step's time for each of requests and KV
 # --- what was measured ------------------------------------------------------------------------------------------
 
 
-def steady(windows: Sequence[Window], total: Callable[[Traffic], float], squares: Callable[[Traffic], float]) -> int:
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A picture with what is made of it more than once."""
+
+    telemetry: RouterTelemetry
+    totals: tuple[Traffic, ...]  # of each window, all classes together
+    at: int  # the longest window in which as many requests came all the time, with prompts as long
+
+    @classmethod
+    def of(cls, telemetry: RouterTelemetry) -> "Seen":
+        totals = tuple(window.all for window in telemetry.windows)
+        seconds = [window.seconds for window in telemetry.windows]
+        prompts = steady(seconds, [each.prompt_tokens for each in totals], [each.prompt_squares for each in totals])
+        arrivals = steady(seconds, [each.arrived for each in totals], [each.arrived for each in totals])
+        return cls(telemetry, totals, min(prompts, arrivals))
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        return self.telemetry.windows
+
+    @property
+    def lasts_s(self) -> float:
+        """For how long the traffic has been what it is; infinite if for longer than there are windows."""
+        return self.windows[self.at].seconds if self.at < len(self.windows) - 1 else math.inf
+
+    @property
+    def settled(self) -> bool:
+        """True if the traffic is what it was for as long as there are windows, and nearly all meet their goals."""
+        if len(self.windows) < 2 or self.lasts_s < math.inf or self.windows[-1].seconds <= self.windows[-2].seconds:
+            return False
+        attainment = self.totals[-2].attainment
+        return attainment is not None and attainment >= MET
+
+
+def steady(seconds: Sequence[float], sums: Sequence[float], squares: Sequence[float]) -> int:
     """Index of the longest window whose parts agree: a short one as soon as the traffic has changed.
 
     Arrivals are taken for a compound Poisson process: a sum's variance is the sum of squares.
     """
-    sums = [(window.seconds, total(window.all), squares(window.all)) for window in windows]
     at = 0
     for index in range(1, len(sums)):
-        (seconds, found, _), (longer_s, whole, square) = sums[at], sums[index]
-        rest_s = longer_s - seconds
-        if rest_s < seconds / 2:
+        rest_s = seconds[index] - seconds[at]
+        if rest_s < seconds[at] / 2:
             continue  # the router has not been up for longer
-        deviation = math.sqrt(square / longer_s * (1.0 / seconds + 1.0 / rest_s))
-        if abs(found / seconds - (whole - found) / rest_s) > CHANGED * deviation:
+        deviation = math.sqrt(squares[index] / seconds[index] * (1.0 / seconds[at] + 1.0 / rest_s))
+        if abs(sums[at] / seconds[at] - (sums[index] - sums[at]) / rest_s) > CHANGED * deviation:
             break
         at = index
     return at
 
 
-def settled(windows: Sequence[Window]) -> bool:
-    """True if the traffic is what it was for as long as there are windows, and nearly all requests meet the goals."""
-    if len(windows) < 2:
-        return False
-    same = traffic_window(windows) == len(windows) - 1 and windows[-1].seconds > windows[-2].seconds
-    attainment = windows[-2].all.attainment
-    return same and attainment is not None and attainment >= MET
-
-
-def traffic_window(windows: Sequence[Window]) -> int:
-    """Index of the longest window in which as many requests came all the time, with prompts as long."""
-    return min(
-        steady(windows, lambda t: t.prompt_tokens, lambda t: t.prompt_squares),
-        steady(windows, lambda t: t.arrived, lambda t: t.arrived),
-    )
-
-
-def traffic_lasts_s(windows: Sequence[Window]) -> float | None:
-    """For how long the traffic has been what it is; None if for longer than there are windows."""
-    if not windows:
-        return None
-    at = traffic_window(windows)
-    return None if at == len(windows) - 1 else windows[at].seconds
-
-
 def strictest(window: Window, goal: Callable[[Traffic], float]) -> float:
     """The smallest mean goal of a class that makes up a tenth of the requests; infinite if none came."""
-    enough = max(window.all.arrived / 10, 1)
+    enough = max(sum(each.arrived for _, each in window.classes) / 10, 1)
     return min((goal(each) / each.arrived for _, each in window.classes if each.arrived >= enough), default=math.inf)
 
 
@@ -136,34 +143,34 @@ class PrefillLoad:
         return (self.prompt_s + wait_s + grown_s + self.backlog_s / workers + self.rest_s) / self.goal_s
 
 
-def prefill_load(telemetry: RouterTelemetry) -> PrefillLoad | None:
+def prefill_load(seen: Seen) -> PrefillLoad | None:
     """None as long as no prompt was computed."""
-    windows = telemetry.windows
-    per_s = _prompt_tokens_per_s(windows)
-    at = steady(windows, lambda t: t.prompt_tokens, lambda t: t.prompt_squares)
-    recent, long = windows[at].all, windows[-1].all
+    if not seen.windows:
+        return None
+    telemetry, per_s = seen.telemetry, _prompt_tokens_per_s(seen)
+    recent, long = seen.totals[seen.at], seen.totals[-1]
     if per_s is None or not recent.arrived:
         return None
     prompt_s = recent.prompt_tokens / recent.arrived / per_s
-    busy = recent.prompt_tokens / windows[at].seconds / per_s
+    busy = recent.prompt_tokens / seen.windows[seen.at].seconds / per_s
     rest_s = (long.transfer_s + long.first_decode_s) / max(long.started, 1)
-    goal_s = strictest(windows[-1], lambda t: t.ttft_goal_s)
+    goal_s = strictest(seen.windows[-1], lambda t: t.ttft_goal_s)
     # What is being computed, and on its way, does not wait: as many tokens as come in that time.
     queued = telemetry.waiting.tokens - _unplaced_tokens(telemetry)
     backlog_s = max(queued / per_s - busy * (prompt_s + rest_s), 0.0)
     return PrefillLoad(busy, prompt_s, backlog_s, rest_s, goal_s)
 
 
-def _prompt_tokens_per_s(windows: Sequence[Window]) -> float | None:
+def _prompt_tokens_per_s(seen: Seen) -> float | None:
     """Of a busy prefill worker; if there was none, of a prompt computed where it is decoded."""
-    for window in windows:
+    for window in seen.windows:
         progress = window.of(Role.PREFILL)
         if progress.busy_s > ENOUGH_BUSY_S and progress.prompt_tokens:
             return progress.prompt_tokens / progress.busy_s
-    seen = windows[-1].all
-    if not seen.prefill_s or not seen.started:
+    long = seen.totals[-1]
+    if not long.prefill_s or not long.arrived:
         return None
-    return seen.prompt_tokens / seen.arrived * seen.started / seen.prefill_s
+    return long.prompt_tokens / long.arrived * long.started / long.prefill_s
 
 
 # --- verify -----------------------------------------------------------------------------------------------------
@@ -197,9 +204,11 @@ class VerifyLoad:
         return max(present / self.goal_s, arriving / self.goal_s, kv)
 
 
-def verify_load(telemetry: RouterTelemetry) -> VerifyLoad | None:
+def verify_load(seen: Seen) -> VerifyLoad | None:
     """None as long as nothing was decoded."""
-    windows = telemetry.windows
+    if not seen.windows:
+        return None
+    telemetry, windows = seen.telemetry, seen.windows
     workers = [worker for worker in telemetry.workers if worker.role is Role.VERIFY]
     progress = windows[-1].of(Role.VERIFY)
     line = StepLine.fit(progress.steps)
@@ -210,7 +219,7 @@ def verify_load(telemetry: RouterTelemetry) -> VerifyLoad | None:
     running = sum(worker.load.running_requests for worker in workers)
     held = sum(_tokens(worker.load.kv_blocks_used, worker) for worker in workers)
     wanted = held + sum(_tokens(w.load.kv_blocks_leased, w) for w in workers) + _unplaced_tokens(telemetry)
-    outputs, context = _arriving(windows)
+    outputs, context = _arriving(seen)
     drafted = progress.drafted / progress.verifies if progress.verifies else 0.0
     return VerifyLoad(
         line.base,
@@ -238,18 +247,17 @@ def _tokens(blocks: int, worker: WorkerTelemetry) -> int:
     return blocks * worker.load.block_size
 
 
-def _arriving(windows: Sequence[Window]) -> tuple[float, float]:
+def _arriving(seen: Seen) -> tuple[float, float]:
     """Output tokens a second that the arriving requests will want, and the KV tokens these are computed with.
 
     Lengths are those of requests that came with this traffic and have finished. The short ones have first; what they
     leave out is seen in what is present.
     """
-    at = traffic_window(windows)
-    seen = windows[at].all
-    if not seen.known:
+    recent = seen.totals[seen.at]
+    if not recent.known:
         return 0.0, 0.0
-    per_s = seen.arrived / windows[at].seconds / seen.known
-    return per_s * seen.output_tokens, per_s * seen.attended_tokens
+    per_s = recent.arrived / seen.windows[seen.at].seconds / recent.known
+    return per_s * recent.output_tokens, per_s * recent.attended_tokens
 
 
 def _drafters(windows: Sequence[Window], workers: Sequence[WorkerTelemetry]) -> float:
@@ -260,4 +268,4 @@ def _drafters(windows: Sequence[Window], workers: Sequence[WorkerTelemetry]) -> 
     return there * used if used < FULL else 1.5 * there
 
 
-__all__ = ["PrefillLoad", "StepLine", "VerifyLoad", "prefill_load", "steady", "strictest", "verify_load"]
+__all__ = ["PrefillLoad", "Seen", "StepLine", "VerifyLoad", "prefill_load", "steady", "strictest", "verify_load"]

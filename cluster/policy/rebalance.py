@@ -16,14 +16,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from cluster.policy.loads import prefill_load, settled, traffic_lasts_s, verify_load
+from cluster.policy.loads import Seen, prefill_load, verify_load
 from cluster.policy.splits import NO_LIMITS, Bounds, Loads, Split, best_split, best_with_one_more, share_moved
 from tidemill.core.model import Decision, Role
 from tidemill.core.telemetry import RouterTelemetry, WorkerTelemetry
 
 EARLY_S = 3.0  # after a router's start
 SILENT_S = 3.0  # a worker that has said nothing for so long is none
-HOPELESS = 3  # times the margin, for a split that misses the goals too
+MISSED, HOPELESS = 3, 5  # times the margin, for a split that misses the goals too, or by more than twice
 SPARE = 0.5  # a load so low that a worker can be had for drafts
 SPARE_PACE = 0.1  # such a chance must last for so many times as long: sustain_s / SPARE_PACE
 MOST_DOUBLINGS = 6  # of the dwell
@@ -117,8 +117,9 @@ def rebalance(
     situation: Situation, memory: Memory, config: RebalanceConfig, now: float
 ) -> tuple[Decision[tuple[RoleChange, ...]], Memory]:
     """The changes to begin now, and what to remember for the next look. The order of workers does not matter."""
-    memory = _remember(situation.telemetry, memory, now)
-    view = _view(situation, memory, config, now)
+    seen = Seen.of(situation.telemetry)
+    memory = _remember(seen, memory, now)
+    view = _view(situation, seen, memory, config, now)
     wanted = _urgent(view, situation, config) or _worthwhile(view, situation, config)
     memory = _accumulate(memory, view, wanted, config, now)
     if wanted.choice is None:
@@ -134,12 +135,16 @@ def rebalance(
     return Decision(changes, wanted.reason), _after(memory, changes, now)
 
 
-def view_loads(telemetry: RouterTelemetry) -> Loads:
+def loads_of(telemetry: RouterTelemetry) -> Loads:
     """Of both roles with a goal."""
-    return Loads(prefill_load(telemetry), verify_load(telemetry)) if telemetry.windows else Loads(None, None)
+    return _loads(Seen.of(telemetry))
 
 
-def _view(situation: Situation, memory: Memory, config: RebalanceConfig, now: float) -> View:
+def _loads(seen: Seen) -> Loads:
+    return Loads(prefill_load(seen), verify_load(seen))
+
+
+def _view(situation: Situation, seen: Seen, memory: Memory, config: RebalanceConfig, now: float) -> View:
     changing, since, joined = dict(situation.changing), {n: at for n, _, at in memory.since}, dict(memory.joined)
     role_dwell_s = config.dwell_s * 2 ** min(memory.reversals, MOST_DOUBLINGS)
     counts, serving = dict.fromkeys(Role, 0), dict.fromkeys(Role, 0)
@@ -155,8 +160,7 @@ def _view(situation: Situation, memory: Memory, config: RebalanceConfig, now: fl
             if now - since[name] < config.dwell_s or now - joined.get(worker.role, -math.inf) < role_dwell_s:
                 resting.add(name)
     movable.sort(key=lambda each: (_residual(each), each.worker.name))
-    telemetry = situation.telemetry
-    return View(counts, serving, tuple(movable), frozenset(resting), view_loads(telemetry), settled(telemetry.windows))
+    return View(counts, serving, tuple(movable), frozenset(resting), _loads(seen), seen.settled)
 
 
 def _residual(worker: WorkerTelemetry) -> int:
@@ -198,7 +202,7 @@ def _worthwhile(view: View, situation: Situation, config: RebalanceConfig) -> Wa
         return Decision(None, RebalanceReason.NO_SPLIT)
     worst = view.loads.worst(target)
     relief = 1.0 - worst / ratios[short]
-    if relief < config.margin * (1 if worst <= 1.0 else HOPELESS):
+    if relief < config.margin * (1 if worst <= 1.0 else MISSED if worst <= 2.0 else HOPELESS):
         return Decision(None, RebalanceReason.NO_BETTER_SPLIT)
     if relief * config.dwell_s < share_moved(target, view.counts) * situation.switch_s:
         return Decision(None, RebalanceReason.NOT_WORTH_IT)
@@ -245,14 +249,13 @@ def _moves(view: View, target: Split, *, urgent: bool) -> tuple[RoleChange, ...]
 # --- what is remembered -----------------------------------------------------------------------------------------
 
 
-def _remember(telemetry: RouterTelemetry, memory: Memory, now: float) -> Memory:
+def _remember(seen: Seen, memory: Memory, now: float) -> Memory:
     before = {name: (role, at) for name, role, at in memory.since}
     since = []
-    for worker in telemetry.workers:
+    for worker in seen.telemetry.workers:
         role, at = before.get(worker.worker.name, (None, now))
         since.append((worker.worker.name, worker.role, at if role is worker.role else now))
-    lasts_s = traffic_lasts_s(telemetry.windows)
-    same = lasts_s is None or lasts_s >= now - memory.changed_at
+    same = not seen.windows or seen.lasts_s >= now - memory.changed_at
     return replace(memory, since=tuple(sorted(since)), reversals=memory.reversals if same else 0)
 
 

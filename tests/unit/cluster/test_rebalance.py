@@ -1,0 +1,243 @@
+"""The rebalancing policy: what it does where the outcome is plain, and what holds whatever happens."""
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.policy.rebalance import URGENT, Memory, RebalanceConfig, RebalanceReason, RoleChange, Situation, rebalance
+from cluster.policy.splits import NO_LIMITS, Bounds, splits
+from tests.support.fluid import TICK_S, FluidCluster, Load, cluster_of
+from tidemill.core.model import Role
+from tidemill.core.telemetry import RouterTelemetry
+
+PROMPTS, OUTPUTS = Load(30, 1800, 40), Load(60, 150, 250)
+CONFIG = RebalanceConfig()
+
+
+class Run:
+    """A fluid cluster under the policy; changes take effect at once."""
+
+    def __init__(self, cluster: FluidCluster, config: RebalanceConfig = CONFIG, *, drafts: bool = False) -> None:
+        self.cluster, self.config, self.drafts = cluster, config, drafts
+        self.memory = Memory()
+        self.reasons: Counter[str] = Counter()
+        self.changes: list[tuple[float, tuple[RoleChange, ...]]] = []
+
+    def advance(self, load: Load, seconds: float) -> "Run":
+        for _ in range(int(seconds / TICK_S)):
+            self.cluster.advance(load)
+            situation = Situation(self.cluster.picture(), drafts=self.drafts)
+            decision, self.memory = rebalance(situation, self.memory, self.config, self.cluster.now)
+            self.reasons[decision.reason] += 1
+            self.cluster.apply(decision.choice)
+            if decision.choice:
+                self.changes.append((self.cluster.now, decision.choice))
+        return self
+
+    @property
+    def split(self) -> tuple[int, int, int]:
+        count = self.cluster.count
+        return count(Role.PREFILL), count(Role.DRAFT), count(Role.VERIFY)
+
+
+def test_roles_follow_the_traffic_within_seconds() -> None:
+    run = Run(cluster_of(6, 0, 6)).advance(PROMPTS, 60)
+    assert run.split[0] >= 7
+    before = len(run.changes)
+    run.advance(OUTPUTS, 60)
+    assert run.split[2] >= 6
+    back = run.cluster.now
+    run.advance(PROMPTS, 60)
+    assert len(run.changes) > before
+    assert min(at for at, _ in run.changes if at > back) - back <= 3.0, "long prompts that queue are noticed at once"
+    assert run.split[0] >= 7
+
+
+@given(
+    st.tuples(st.integers(1, 8), st.integers(1, 8)),
+    st.builds(Load, st.floats(0.5, 80), st.integers(20, 3000), st.integers(2, 500)),
+)
+@settings(max_examples=15, deadline=None)
+def test_constant_load_changes_nothing_after_the_first_minute(start: tuple[int, int], load: Load) -> None:
+    """Whatever the load, be it more than the cluster can take."""
+    run = Run(cluster_of(start[0], 0, start[1])).advance(load, 180)
+    late = [(at, changes) for at, changes in run.changes if at > 60]
+    assert not late, f"from {start} under {load}: {run.changes}"
+
+
+def test_bounds_hold_and_a_role_below_its_least_is_filled() -> None:
+    limits = NO_LIMITS | {Role.PREFILL: Bounds(2, 7)}
+    run = Run(cluster_of(6, 0, 6), RebalanceConfig(bounds=limits)).advance(PROMPTS, 60)
+    assert run.split == (7, 0, 5), "no more than 7, however many would be better"
+    run = Run(cluster_of(0, 0, 4), RebalanceConfig(bounds=limits)).advance(Load(1, 100, 10), 20)
+    assert run.split[0] == 2
+    assert run.reasons[RebalanceReason.BELOW_LEAST] >= 1
+
+
+def test_without_a_verify_worker_another_becomes_one_whatever_the_dwell() -> None:
+    run = Run(cluster_of(3, 1, 0), RebalanceConfig(dwell_s=1000), drafts=True).advance(Load(1, 100, 10), 6)
+    assert run.split[2] >= 1
+    [(_, changes)] = run.changes
+    assert run.reasons[RebalanceReason.NO_VERIFY_LEFT] == 1
+    assert {change.to for change in changes} == {Role.VERIFY}
+
+
+def test_draft_workers_are_lent_to_a_role_that_is_short_and_come_back() -> None:
+    config = RebalanceConfig(drafters=2)
+    run = Run(cluster_of(4, 2, 4), config, drafts=True).advance(replace(PROMPTS, rate=22), 60)
+    assert run.split[1] == 0, "drafts that nothing is known to gain from are the first to go"
+    run.advance(Load(1, 200, 50), 240)
+    assert run.split[1] == 2
+    assert run.reasons[RebalanceReason.SPARE_FOR_DRAFTS] == 2
+
+
+def test_without_traffic_or_workers_nothing_happens_and_the_reason_says_so() -> None:
+    idle = cluster_of(1, 0, 1)
+    decision, memory = rebalance(Situation(RouterTelemetry()), Memory(), CONFIG, 0.0)
+    assert (decision.choice, decision.reason) == ((), RebalanceReason.TOO_EARLY)
+    for _ in range(20):
+        idle.advance(Load(0.001, 10, 2))
+    picture = idle.picture()
+    assert rebalance(Situation(picture), memory, CONFIG, 10.0)[0].reason is RebalanceReason.WITHIN_GOALS
+    assert rebalance(Situation(replace(picture, workers=())), memory, CONFIG, 10.0)[0].reason is (
+        RebalanceReason.NO_WORKERS
+    )
+
+
+def test_a_switch_that_takes_longer_than_it_brings_is_not_made() -> None:
+    cluster = cluster_of(5, 0, 7)
+    memory = Memory()
+    reasons = set()
+    for _ in range(100):
+        cluster.advance(PROMPTS)
+        situation = Situation(cluster.picture(), switch_s=600.0)
+        decision, memory = rebalance(situation, memory, CONFIG, cluster.now)
+        reasons.add(decision.reason)
+        assert not decision.choice
+    assert RebalanceReason.NOT_WORTH_IT in reasons
+
+
+# --- whatever happens -------------------------------------------------------------------------------------------
+
+loads = st.builds(Load, st.floats(0.1, 100), st.integers(1, 4000), st.integers(1, 600))
+events = st.one_of(
+    loads,
+    st.tuples(st.just("dies"), st.integers(0, 11)),
+    st.tuples(st.just("silent"), st.integers(0, 11)),
+    st.tuples(st.just("switching"), st.integers(0, 11)),
+    st.tuples(st.just("joins"), st.sampled_from(Role)),
+    st.tuples(st.just("forgets"), st.none()),
+)
+limits = st.fixed_dictionaries(
+    {
+        Role.PREFILL: st.builds(Bounds, st.integers(0, 2), st.sampled_from([None, 3])),
+        Role.DRAFT: st.builds(Bounds, st.integers(0, 1), st.sampled_from([None, 2])),
+        Role.VERIFY: st.builds(Bounds, st.integers(1, 2)),
+    }
+)
+
+
+@given(st.lists(events, min_size=1, max_size=25), limits, st.integers(0, 99))
+@settings(max_examples=60, deadline=None)
+def test_whatever_happens(story: list[object], bounds: dict[Role, Bounds], seed: int) -> None:
+    """Workers die, fall silent, switch and come; traffic jumps; the controller forgets. Then still:
+
+    no needed pool is emptied, bounds are kept, dwell and cooldown are respected, and order does not matter.
+    """
+    rng = random.Random(seed)
+    cluster = cluster_of(3, 2, 4)
+    config = RebalanceConfig(bounds=bounds, drafters=2)
+    memory, load = Memory(), Load(10, 500, 100)
+    silent: set[str] = set()
+    changing: dict[str, Role] = {}
+    taken: dict[str, float] = {}  # when a worker was given its role
+    changed_at = float("-inf")
+    for event in story:
+        match event:
+            case Load():
+                load = event
+            case ("dies", int(index)) if len(cluster.roles) > 1:
+                name = sorted(cluster.roles)[index % len(cluster.roles)]
+                del cluster.roles[name]
+                changing.pop(name, None)
+                silent.discard(name)
+            case ("silent", int(index)):
+                silent ^= {sorted(cluster.roles)[index % len(cluster.roles)]}
+            case ("switching", int(index)):
+                cluster.roles |= changing
+                taken |= dict.fromkeys(changing, cluster.now)
+                name = sorted(cluster.roles)[index % len(cluster.roles)]
+                changing = {name: rng.choice([role for role in Role if role is not cluster.roles[name]])}
+            case ("joins", Role() as role):
+                cluster.roles[f"new-{len(cluster.roles)}-{rng.random():.3f}"] = role
+            case ("forgets", None):
+                memory, taken, changed_at = Memory(), dict.fromkeys(cluster.roles, cluster.now), float("-inf")
+        for _ in range(rng.randint(1, 12)):
+            cluster.advance(load)
+            picture = _told(cluster, silent, changing)
+            situation = Situation(picture, tuple(sorted(changing.items())), drafts=True)
+            shuffled = replace(picture, workers=tuple(rng.sample(picture.workers, len(picture.workers))))
+            decision, after = rebalance(situation, memory, config, cluster.now)
+            assert rebalance(replace(situation, telemetry=shuffled), memory, config, cluster.now) == (decision, after)
+            memory = after
+            if not decision.choice:
+                continue
+            _check(decision.choice, cluster, silent, changing, bounds)
+            if decision.reason not in URGENT:
+                assert cluster.now - changed_at >= config.cooldown_s
+                rested = [cluster.now - taken.get(each.worker, 0.0) for each in decision.choice]
+                assert all(seconds >= config.dwell_s - TICK_S for seconds in rested)
+            changed_at = cluster.now
+            cluster.apply(decision.choice)
+            taken |= {change.worker: cluster.now for change in decision.choice}
+
+
+def _told(cluster: FluidCluster, silent: set[str], changing: dict[str, Role]) -> RouterTelemetry:
+    picture = cluster.picture()
+    workers = tuple(
+        replace(
+            each,
+            heard_s=60.0 if each.worker.name in silent else 0.0,
+            accepting=each.worker.name not in changing,
+        )
+        for each in picture.workers
+    )
+    return replace(picture, workers=workers)
+
+
+def _check(
+    changes: tuple[RoleChange, ...],
+    cluster: FluidCluster,
+    silent: set[str],
+    changing: dict[str, Role],
+    bounds: dict[Role, Bounds],
+) -> None:
+    assert len({each.worker for each in changes}) == len(changes)
+    at_work = {name: role for name, role in cluster.roles.items() if name not in silent and name not in changing}
+    for change in changes:
+        assert at_work[change.worker] is change.before is not change.to
+    before = Counter(at_work.values())
+    after = Counter((at_work | {each.worker: each.to for each in changes}).values())
+    counted = Counter(at_work.values()) + Counter(changing.values())
+    if before[Role.VERIFY]:
+        left = sum(role is Role.VERIFY for name, role in at_work.items() if name not in {c.worker for c in changes})
+        assert left >= 1, "somebody decodes at every moment"
+    for role in Role:
+        moved_in = sum(each.to is role for each in changes) - sum(each.before is role for each in changes)
+        total = counted[role] + moved_in
+        if moved_in < 0:
+            assert total >= bounds[role].least
+        limit = bounds[role].most
+        assert moved_in <= 0 or limit is None or total <= limit
+    assert after[Role.VERIFY] + sum(role is Role.VERIFY for role in changing.values()) >= 1
+
+
+@pytest.mark.parametrize("drafts", [False, True])
+def test_every_split_there_is_is_looked_at_once(drafts: bool) -> None:
+    found = [tuple(split[role] for role in Role) for split in splits(5, NO_LIMITS, drafts=drafts)]
+    assert len(found) == len(set(found)) == (15 if drafts else 5)
+    assert all(sum(split) == 5 and split[list(Role).index(Role.VERIFY)] >= 1 for split in found)
