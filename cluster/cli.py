@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +30,7 @@ err = Console(stderr=True)
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Settings file (YAML).")]
 NameOption = Annotated[str, typer.Option("--name", help="Cluster, as named in its settings.")]
 AddressOption = Annotated[str, typer.Option(help="Router, host:port.")]
+SHOWN_DECISIONS = 5
 DEFAULT_NAME, DEFAULT_ADDRESS = "local", "127.0.0.1:7071"
 
 
@@ -107,6 +109,12 @@ def status(
         highlight=False,
     )
     out.print(table)
+    controller = described["controller"]
+    mode = "rebalances" if controller["rebalance"] else "leaves roles as they are"
+    out.print(f"controller {mode}  metrics {controller['metrics_address']}", highlight=False)
+    for each in [decision for decision in controller["decisions"] if decision["changes"]][:SHOWN_DECISIONS]:
+        when = datetime.fromtimestamp(each["at"]).strftime("%H:%M:%S")
+        out.print(f"  {when} {each['reason']}: {', '.join(each['changes'])}", highlight=False)
     if described["logs"]:
         out.print(f"logs: {described['logs']}", highlight=False)
 
@@ -122,6 +130,28 @@ def role(
         from cluster import launch  # noqa: PLC0415
 
         out.print(f"{launch.change_role(_state(name), worker, to)} is a {to} worker now", highlight=False)
+
+
+@app.command()
+def scale(
+    wanted: Annotated[list[str], typer.Argument(help="ROLE=COUNT, such as verify=3; roles not named stay.")],
+    name: NameOption = DEFAULT_NAME,
+) -> None:
+    """Have more or fewer workers. Who has to go finishes what it has first, and the least busy go.
+
+    With `controller.rebalance` on, roles may change again afterwards; the number of workers stays.
+    """
+    with _told_plainly():
+        from cluster import launch  # noqa: PLC0415
+
+        launch.scale(_state(name), dict(_role_count(each) for each in wanted), _say)
+
+
+def _role_count(text: str) -> tuple[Role, int]:
+    role, _, count = text.partition("=")
+    if role not in set(Role) or not count.isdecimal():
+        raise typer.BadParameter(f"{text!r} is not ROLE=COUNT; roles are {', '.join(Role)}")
+    return Role(role), int(count)
 
 
 @app.command()

@@ -1,25 +1,51 @@
-"""The controller: watches the workers and tells the router who is there.
+"""The controller: watches the workers, tells the routers who is there, and moves workers between roles.
+
+One round:
+  1 workers   who is there, and what each says of itself          -> the routers, when it has changed
+  2 picture   what the routers saw of requests and workers
+  3 decide    the rebalancing policy                               -> changes of role, each in the background
+  4 tidy      switches that ended; workers that have drained and may go
 
 It holds nothing that cannot be asked for again, so it may die and be restarted at any time: requests go on without it.
 """
 
+import contextlib
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Mapping
+from typing import Any
 
 import ray
+from prometheus_client import start_http_server
+from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from cluster.discovery import Targets
-from cluster.pools import CONTROLLER, ROUTER, WorkerReport, describe_workers, find, here
-from tidemill.core.model import Member
+from cluster.policy.scaling import Plan, Staff, plan
+from cluster.pools import (
+    CONTROLLER,
+    Pools,
+    WorkerReport,
+    describe_workers,
+    find,
+    here,
+    router_names,
+    worker_names,
+)
+from cluster.steering import Steering, describe_decisions
+from cluster.telemetry import merge
+from tidemill.core.channels import NodeChannels
+from tidemill.core.metrics import CONTROLLER_SERIES, Metrics
+from tidemill.core.model import Decision, Member, Role
 from tidemill.core.settings import Settings
+from tidemill.core.telemetry import RouterTelemetry
 
 log = logging.getLogger(__name__)
 
-PERIOD_S = 0.5
 ROUND_TIMEOUT_S = 5.0
 SILENT_ROUNDS = 6  # a worker that says nothing for so many rounds is no member until it speaks again
+ROUTER_TIMEOUT_S = 2.0
 
 
 class Membership:
@@ -30,7 +56,12 @@ class Membership:
         self._silent: dict[str, int] = {}
 
     def update(self, reports: Mapping[str, WorkerReport | None]) -> tuple[Member, ...]:
-        """One that is busy or stopped for a moment stays; one that restarted is replaced by its new incarnation."""
+        """One that is busy or stopped for a moment stays; one that restarted is replaced by its new incarnation; one
+        that is not there any more goes at once.
+        """
+        for name in [each for each in self._silent if each not in reports]:
+            self._members.pop(name, None)
+            del self._silent[name]
         for name, report in reports.items():
             if report is not None:
                 self._members[name] = Member(report.peer, report.role)
@@ -45,14 +76,22 @@ class Membership:
 class ControllerActor:
     """Runs for as long as the cluster does, on a thread that begins again when Ray restarts the actor."""
 
-    def __init__(self, settings: Settings, workers: Sequence[str]) -> None:
+    def __init__(self, settings: Settings) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        self._workers = list(workers)
+        self._settings = settings
         self._membership = Membership()
         self._targets = Targets(settings)
-        self._router_metrics = ""
+        self._heads: dict[str, str] = {}  # routers and controller, and where their metrics are
         self._published: tuple[Member, ...] = ()
         self._reports: dict[str, WorkerReport | None] = {}
+        self._metrics = Metrics(CONTROLLER_SERIES)
+        self._steering = Steering(settings, self._metrics)
+        self._switching: dict[str, Any] = {}  # worker -> its answer, to come
+        where = settings.metrics
+        server, _ = start_http_server(
+            where.controller_port, where.host, self._metrics.registry, **NodeChannels(settings.network.tls).metrics_tls
+        )
+        self._metrics_address = f"{settings.metrics.host}:{server.server_port}"
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self._thread.start()
@@ -62,19 +101,58 @@ class ControllerActor:
             try:
                 self._round()
             except (RayError, ValueError) as error:
-                log.warning("the router cannot be reached: %s", error)
-            self._stopping.wait(PERIOD_S)
+                log.warning("a round was cut short: %s", error)
+            except Exception:
+                log.exception("a round failed")
+            self._stopping.wait(self._settings.controller.period_s)
 
     def _round(self) -> None:
-        self._reports = describe_workers(self._workers)
+        self._reports = describe_workers(worker_names())
+        names = router_names()
+        routers = [find(name) for name in names]
+        self._list_targets(names)
+        self._publish(routers)
+        self._settle()
+        if self._settings.controller.rebalance:
+            self._steer(routers)
+        for name, report in self._reports.items():
+            if report is not None and report.retired:
+                log.info("%s has drained and goes", name)
+                _end(name)
+
+    def _list_targets(self, routers: list[str]) -> None:
+        """For Prometheus. A router is asked once where its metrics are."""
+        known = {name: self._heads.get(name) or _metrics_of(name) for name in routers}
+        self._heads = known | {CONTROLLER: self._metrics_address}
+        self._targets.refresh(self._heads, self._reports)
+
+    def _publish(self, routers: list[ActorHandle]) -> None:
         members = self._membership.update(self._reports)
-        if not self._router_metrics:
-            self._router_metrics = ray.get(find(ROUTER).describe.remote())["metrics_address"]
-        self._targets.refresh(self._router_metrics, self._reports)
         if members != self._published:
             log.info("members: %s", ", ".join(f"{member.peer.id} {member.role}" for member in members))
-            ray.get(find(ROUTER).set_members.remote(members))
+            ray.get([router.set_members.remote(members) for router in routers], timeout=ROUTER_TIMEOUT_S)
             self._published = members
+
+    def _steer(self, routers: list[ActorHandle]) -> None:
+        pictures: list[RouterTelemetry] = ray.get(
+            [router.telemetry.remote() for router in routers], timeout=ROUTER_TIMEOUT_S
+        )
+        for change in self._steering.decide(merge(pictures), time.monotonic(), time.time()):
+            self._switching[change.worker] = find(change.worker).set_role.remote(str(change.to))
+
+    def _settle(self) -> None:
+        now = time.monotonic()
+        answers = list(self._switching.values())
+        done, _ = ray.wait(answers, num_returns=len(answers), timeout=0) if answers else ([], [])
+        for worker, reference in list(self._switching.items()):
+            if reference in done:
+                del self._switching[worker]
+                self._steering.ended(worker, _error_of(reference), now)
+        for worker in self._steering.overdue(now):
+            del self._switching[worker]
+            self._steering.ended(worker, "it took too long", now)
+
+    # --- asked from outside -------------------------------------------------------------------------------------
 
     def stop(self) -> None:
         """What others are told of the cluster ends with it."""
@@ -86,10 +164,57 @@ class ControllerActor:
         """Of the last round."""
         return self._reports
 
+    def describe(self) -> dict[str, Any]:
+        """For `tidemill status`."""
+        return {
+            "metrics_address": self._metrics_address,
+            "rebalance": self._settings.controller.rebalance,
+            "switching": {name: str(each.change.to) for name, each in self._steering.under_way.items()},
+            "decisions": describe_decisions(self._steering.recent),
+        }
 
-def start_controller(settings: Settings, workers: Sequence[str]) -> None:
+    def scale(self, wanted: Mapping[str, int]) -> Decision[Plan]:
+        """Start workers, and tell others to drain and go; returns at once, with who does what."""
+        reports = describe_workers(worker_names())
+        workers = [
+            Staff(name, report.role, report.residual, report.leaving)
+            for name, report in sorted(reports.items())
+            if report is not None
+        ]
+        decision = plan(workers, {Role(role): count for role, count in wanted.items()})
+        chosen = decision.choice
+        log.info("scale %s: %s, start %s, leave %s", dict(wanted), decision.reason, chosen.start, chosen.leave)
+        pools = Pools(self._settings)
+        pools.request_room(len([each for each in workers if not each.leaving]) + len(chosen.start) - len(chosen.leave))
+        for name, role in chosen.start:
+            pools.start_worker(name, role)
+        for name in chosen.leave:
+            find(name).retire.remote()
+        return decision
+
+
+def _metrics_of(router: str) -> str:
+    described: dict[str, Any] = ray.get(find(router).describe.remote(), timeout=ROUTER_TIMEOUT_S)
+    return str(described["metrics_address"])
+
+
+def _error_of(reference: Any) -> str | None:
+    try:
+        ray.get(reference)
+    except RayError as error:
+        lines = [line for line in str(error).strip().splitlines() if line.strip()]
+        return lines[-1].strip() if lines else type(error).__name__
+    return None
+
+
+def _end(name: str) -> None:
+    with contextlib.suppress(ValueError, RayError):
+        ray.kill(find(name), no_restart=True)
+
+
+def start_controller(settings: Settings) -> None:
     """Make the controller's actor; Ray restarts it with the same arguments if it dies."""
     actor = ray.remote(ControllerActor)
     actor.options(
-        name=CONTROLLER, lifetime="detached", num_cpus=0, max_restarts=-1, max_concurrency=2, scheduling_strategy=here()
-    ).remote(settings, workers)
+        name=CONTROLLER, lifetime="detached", num_cpus=0, max_restarts=-1, max_concurrency=8, scheduling_strategy=here()
+    ).remote(settings)

@@ -1,4 +1,4 @@
-"""Prometheus' list of targets: router and workers, as file_sd reads them, kept fresh by the controller.
+"""Prometheus' list of targets: routers, workers and controller, as file_sd reads them, kept fresh by the controller.
 
     controller, each round: Targets.refresh(...) -> tidemill.json, if it changed -> Prometheus, within seconds
 
@@ -17,9 +17,12 @@ from tidemill.core.settings import Settings
 log = logging.getLogger(__name__)
 
 
-def targets(cluster: str, scheme: str, router: str, workers: Mapping[str, str]) -> str:
-    """The file's text. `router` and the values of `workers`, by name, are host:port of metrics; empty: not known."""
-    listed = [("router", "router", router), *(("worker", name, workers[name]) for name in sorted(workers))]
+def targets(cluster: str, scheme: str, heads: Mapping[str, str], workers: Mapping[str, str]) -> str:
+    """The file's text. `heads` are routers and controller; all by name, host:port of metrics, empty: not known."""
+    listed = [
+        *((name.partition("-")[0], name, heads[name]) for name in sorted(heads)),
+        *(("worker", name, workers[name]) for name in sorted(workers)),
+    ]
     groups = [
         {
             "targets": [address],
@@ -41,7 +44,7 @@ class Targets:
         self._workers: dict[str, str] = {}
         self._written: str | None = None
 
-    def refresh(self, router: str, reports: Mapping[str, WorkerReport | None]) -> None:
+    def refresh(self, heads: Mapping[str, str], reports: Mapping[str, WorkerReport | None]) -> None:
         """A worker that says nothing for a moment keeps its place: Prometheus shall see it as down, not as gone.
 
         A folder that cannot be written is logged and tried again with the next change.
@@ -50,7 +53,7 @@ class Targets:
             return
         said = {name: report.metrics_address for name, report in reports.items() if report is not None}
         self._workers = {name: said.get(name, self._workers.get(name, "")) for name in reports}
-        text = targets(self._cluster, self._scheme, router, self._workers)
+        text = targets(self._cluster, self._scheme, heads, self._workers)
         if text == self._written:
             return
         self._written = text

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from ray.exceptions import RayError
 
 from cluster import head
 from cluster.controller import start_controller
-from cluster.pools import CONTROLLER, ROUTER, Pools, find
-from tidemill.core.model import Role
+from cluster.policy.scaling import Plan, ScalingReason
+from cluster.pools import CONTROLLER, ROUTER, Pools, find, router_names, worker_names
+from tidemill.core.model import Decision, Role
 from tidemill.core.settings import Settings
 
 SWITCH_TIMEOUT_S = 120.0
@@ -122,7 +123,7 @@ def up(settings: Settings, say: Say) -> ClusterState:
         for name, handle in handles.items():
             _wait_for(handle.describe.remote(), name, ready_s)
             say(f"{name} is ready")
-        start_controller(settings, [name for name, _ in workers])
+        start_controller(settings)
         _wait_until_serving(router, len(workers), ready_s)
         state = ClusterState(**(asdict(state) | {"router_address": address, "workers": tuple(handles)}))
         _write_state(state)
@@ -217,6 +218,7 @@ def status(state: ClusterState) -> dict[str, Any]:
     try:
         described: dict[str, Any] = ray.get(find(ROUTER).describe.remote(), timeout=10.0)
         reports = ray.get(find(CONTROLLER).reports.remote(), timeout=10.0)
+        controller = ray.get(find(CONTROLLER).describe.remote(), timeout=10.0)
     except (RayError, ValueError) as error:
         raise LaunchError(f"cluster {state.name!r} does not answer: {_cause(error)}") from error
     finally:
@@ -226,7 +228,7 @@ def status(state: ClusterState) -> dict[str, Any]:
         report = by_name.get(worker["worker"].partition("@")[0])
         worker["pid"] = report.pid if report else None
         worker["metrics_address"] = report.metrics_address if report else ""
-    return described | {"logs": f"{state.folder}/session_latest/logs" if state.folder else ""}
+    return described | {"controller": controller, "logs": f"{state.folder}/session_latest/logs" if state.folder else ""}
 
 
 def change_role(state: ClusterState, worker: str, role: Role) -> str:
@@ -235,10 +237,42 @@ def change_role(state: ClusterState, worker: str, role: Role) -> str:
     try:
         report = ray.get(find(worker).set_role.remote(str(role)), timeout=SWITCH_TIMEOUT_S)
     except ValueError as error:
-        raise LaunchError(f"there is no worker {worker!r}; there are {', '.join(state.workers)}") from error
+        raise LaunchError(f"there is no worker {worker!r}; there are {', '.join(worker_names())}") from error
     except RayError as error:
         raise LaunchError(f"{worker} keeps its role: {_cause(error)}") from error
     return str(report.peer.id)
+
+
+def scale(state: ClusterState, wanted: Mapping[Role, int], say: Say) -> None:
+    """Have as many workers of these roles; returns when new ones serve and superfluous ones have drained and gone.
+
+    Raises LaunchError.
+    """
+    connect(state)
+    try:
+        controller = find(CONTROLLER)
+        decision: Decision[Plan] = ray.get(
+            controller.scale.remote({str(role): count for role, count in wanted.items()}), timeout=SWITCH_TIMEOUT_S
+        )
+    except (RayError, ValueError) as error:
+        raise LaunchError(f"the controller of {state.name!r} does not answer: {_cause(error)}") from error
+    if decision.reason is ScalingReason.NO_VERIFY_LEFT:
+        raise LaunchError("no verify worker would be left, and nothing served; ask for verify=1 or more")
+    started, leaving = dict(decision.choice.start), set(decision.choice.leave)
+    if not started and not leaving:
+        say("there are as many already")
+    for name, role in started.items():
+        _wait_for(find(name).describe.remote(), name, SWITCH_TIMEOUT_S)
+        say(f"{name} serves as a {role} worker")
+    deadline = time.monotonic() + SWITCH_TIMEOUT_S
+    while leaving and time.monotonic() < deadline:
+        gone = leaving - set(worker_names())
+        for name in sorted(gone):
+            say(f"{name} has drained and is gone")
+        leaving -= gone
+        time.sleep(0.1)
+    if leaving:
+        raise LaunchError(f"{', '.join(sorted(leaving))} did not go within {SWITCH_TIMEOUT_S:.0f} s; see Ray's logs")
 
 
 def down(state: ClusterState, say: Say) -> None:
@@ -258,7 +292,7 @@ def down(state: ClusterState, say: Say) -> None:
 
 def _stop_actors(state: ClusterState) -> None:
     """The controller first, so that it does not report the rest as lost; clients' requests end with the router."""
-    names = [CONTROLLER, ROUTER, *(state.workers or [entry["name"] for entry in ray.util.list_named_actors(True)])]
+    names = [CONTROLLER, *router_names(), *worker_names()]
     for name in names:
         try:
             actor = find(name)

@@ -7,21 +7,24 @@ import contextlib
 import logging
 import os
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tidemill.core.model import Member, Peer, Role
 from tidemill.core.settings import Settings
+from tidemill.core.telemetry import RouterTelemetry
 
 log = logging.getLogger(__name__)
 
 ROUTER, CONTROLLER = "router", "controller"
-DESCRIBE_TIMEOUT_S = 2.0
+DESCRIBE_TIMEOUT_S = 1.0
 LOOPBACK = "127.0.0.1"
 
 
@@ -33,6 +36,9 @@ class WorkerReport:
     role: Role
     pid: int
     metrics_address: str
+    residual: int = 0  # tokens of work that must be finished or moved before it is free
+    leaving: bool = False  # takes no more, and goes when it has drained
+    retired: bool = False  # has drained: may be ended
 
 
 class WorkerActor:
@@ -45,15 +51,30 @@ class WorkerActor:
 
         self._worker = Worker(name, Role(role), settings, host=host)
         self._worker.start()
+        self._retirement: Future[None] | None = None
 
     def describe(self) -> WorkerReport:
-        worker = self._worker
-        return WorkerReport(worker.peer, worker.role, os.getpid(), worker.metrics_address)
+        about, retirement = self._worker.describe(), self._retirement
+        load = about.load
+        return WorkerReport(
+            about.peer,
+            about.role,
+            os.getpid(),
+            about.metrics_address,
+            load.queued_tokens + (load.kv_blocks_used + load.kv_blocks_leased) * load.block_size,
+            retirement is not None,
+            retirement is not None and retirement.done() and not retirement.exception(),
+        )
 
     def set_role(self, role: str, drain_s: float | None = None) -> WorkerReport:
         """Raises whatever made the switch fail; the worker then goes on in its old role."""
         self._worker.set_role(Role(role), drain_s).result()
         return self.describe()
+
+    def retire(self) -> None:
+        """Take no more, drain, and wait to be ended. Asked twice, it does it once, or tries again."""
+        if self._retirement is None or (self._retirement.done() and self._retirement.exception()):
+            self._retirement = self._worker.retire()
 
     def stop(self) -> None:
         self._worker.stop()
@@ -74,6 +95,9 @@ class RouterActor:
 
     async def set_members(self, members: Sequence[Member]) -> None:
         await self._server.set_members(members)
+
+    async def telemetry(self) -> RouterTelemetry:
+        return self._server.telemetry()
 
     async def describe(self) -> dict[str, Any]:
         return self._server.describe() | {"pid": os.getpid()}
@@ -117,6 +141,14 @@ class Pools:
         )
         return actor.remote(name, str(role), self._settings)
 
+    def request_room(self, workers: int) -> None:
+        """Have Ray's autoscaler keep nodes for so many workers; without reservations there is nothing to ask for."""
+        options = self._settings.ray
+        bundle = {"CPU": options.cpus_per_worker, "GPU": options.gpus_per_worker}
+        needed = {resource: amount for resource, amount in bundle.items() if amount}
+        if needed:
+            request_resources(bundles=[needed] * workers)
+
     def first_workers(self) -> list[tuple[str, Role]]:
         """Name and role of every worker the settings ask for."""
         counts = self._settings.pools
@@ -132,6 +164,20 @@ def here() -> NodeAffinitySchedulingStrategy:
 def find(name: str) -> ActorHandle:
     """A named actor. Raises ValueError if there is none."""
     return ray.get_actor(name)
+
+
+def router_names() -> list[str]:
+    """Of all routers of this cluster."""
+    return [name for name in _named_actors() if name.startswith(ROUTER)]
+
+
+def worker_names() -> list[str]:
+    """Of all workers of this cluster, whatever state they are in."""
+    return [name for name in _named_actors() if name != CONTROLLER and not name.startswith(ROUTER)]
+
+
+def _named_actors() -> list[str]:
+    return sorted(ray.util.list_named_actors())
 
 
 def describe_workers(names: Sequence[str]) -> dict[str, WorkerReport | None]:

@@ -185,6 +185,8 @@ PER_VERIFY_OF_CLASS = HERE.rate(metrics.REQUEST_ACCEPTED, ("slo_class",)) / HERE
     metrics.REQUEST_VERIFIES, ("slo_class",)
 )
 
+ACCEPTED_AT_DEPTH = HERE.rate(metrics.ACCEPTED_AT_DEPTH, ("depth",))
+DRAFT_LENGTH = HERE.mean(metrics.DRAFT_LENGTH, ("slo_class",))
 SPECULATION_PAGE = Page(
     "tidemill-speculation",
     "Tidemill / Speculation",
@@ -206,6 +208,22 @@ SPECULATION_PAGE = Page(
                 "percentunit",
             ),
             _rates("Trees that came, by fate", metrics.DRAFT_TREES, "fate"),
+            _rates("Accepted, by source", metrics.ACCEPTED_FROM, "source"),
+        )),
+        Row("What is chosen", (
+            Panel(
+                "Share of levels accepted, by depth",
+                ((ACCEPTED_AT_DEPTH / HERE.rate(metrics.OFFERED_AT_DEPTH, ("depth",)), "{{depth}}"),),
+                "percentunit",
+            ),
+            Panel("Accepted draft length, by class", ((DRAFT_LENGTH, "{{slo_class}}"),)),
+            _rates("Nodes verified, by reason", metrics.NODES_CHOSEN, "reason"),
+            _failures("Steps of requests whose goal is out of reach", metrics.GOALS_OUT_OF_REACH, "slo_class"),
+            Panel(
+                "Share of step time spent choosing",
+                ((HERE.spent(metrics.SELECTION_TIME) / HERE.spent(metrics.STEP_TIME, role="verify"), "choosing"),),
+                "percentunit",
+            ),
         )),
         Row("Draft workers", (
             _rates("Rounds by result", metrics.DRAFT_ROUNDS, "result"),

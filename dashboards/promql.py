@@ -70,6 +70,11 @@ class PromQL:
         _expect(series, Kind.HISTOGRAM)
         return self._rate(series, "_sum", by, where) / self._rate(series, "_count", by, where)
 
+    def spent(self, series: Series, by: tuple[str, ...] = (), **where: str) -> Expr:
+        """What a histogram's observations add up to in a second."""
+        _expect(series, Kind.HISTOGRAM)
+        return self._rate(series, "_sum", by, where)
+
     def _rate(self, series: Series, suffix: str, by: tuple[str, ...], where: Mapping[str, str]) -> Expr:
         selected = self._select(series, suffix, by, where)
         return Expr(_aggregated("sum", by, f"rate({selected}[{self.window}])"), (series,))

@@ -5,7 +5,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 
-from tidemill.core.metrics import ROUTER_SERIES, WORKER_SERIES, Series
+from tidemill.core.metrics import CONTROLLER_SERIES, ROUTER_SERIES, WORKER_SERIES, Series
 from tidemill.core.settings import Settings
 
 HERE = Path(__file__).parent
@@ -62,11 +62,11 @@ def metrics_page() -> str:
         "# Metrics",
         "",
         NOTE,
-        "Served for Prometheus by the router and by each worker; `tidemill status` shows where. A scrape adds",
-        "`cluster`, `component` and `worker` (see [operations.md](operations.md)). Unit 1 is a count. Beside these,",
-        "each process serves its own `process_*`, and a vLLM worker its engine's `vllm:*`.",
+        "Served for Prometheus by the router, each worker and the controller; `tidemill status` shows where.",
+        "A scrape adds `cluster`, `component` and `worker` (see [operations.md](operations.md)). Unit 1 is a count.",
+        "Beside these, each process serves its own `process_*`, and a vLLM worker its engine's `vllm:*`.",
     ]
-    for title, series in (("Router", ROUTER_SERIES), ("Workers", WORKER_SERIES)):
+    for title, series in (("Router", ROUTER_SERIES), ("Workers", WORKER_SERIES), ("Controller", CONTROLLER_SERIES)):
         lines += ["", f"## {title}", f"| {' | '.join(METRIC_COLUMNS)} |", "|---" * len(METRIC_COLUMNS) + "|"]
         lines += [_row(each) for each in series]
     return "\n".join(lines) + "\n"

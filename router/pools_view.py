@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import grpc
 
+from router.telemetry import Telemetry, count
 from tidemill.core import control_pb2 as pb
 from tidemill.core import wire
 from tidemill.core.channels import NodeChannels
@@ -77,6 +78,7 @@ class WorkerConnection:
         self,
         member: Member,
         clock: Clock,
+        telemetry: Telemetry,
         on_cancelled: Callable[[float], None],
         on_draining: "Callable[[WorkerConnection], None]",
         attach: Attach,
@@ -90,6 +92,7 @@ class WorkerConnection:
         self.load = WorkerLoad()
         self.heard_at = float("-inf")
         self._clock = clock
+        self._telemetry = telemetry
         self._on_cancelled = on_cancelled
         self._on_draining = on_draining
         self._attach = attach
@@ -170,12 +173,16 @@ class WorkerConnection:
         self.load, self.accepting = report.load, report.accepting
         if report.worker != self.peer.id or report.role is not self.role:
             self._become(report)
+        prefilled_tokens = 0
         for event in report.events:
             conversation = self._conversations.get(event.request_id)
             if conversation is not None:
                 if isinstance(event, Prefilled):
                     conversation.is_load = False
+                    prefilled_tokens += conversation.prompt_tokens
                 conversation.hear(self, event)
+        counted = count(report.events, prefilled_tokens)
+        self._telemetry.reported(report.worker, report.role, report.accepting, report.load, counted, self.heard_at)
         if self.draining:
             self._on_draining(self)
 
@@ -204,9 +211,16 @@ class WorkerConnection:
 class PoolsView:
     """All members."""
 
-    def __init__(self, clock: Clock, attach: Attach, on_cancelled: Callable[[float], None] = lambda _: None) -> None:
+    def __init__(
+        self,
+        clock: Clock,
+        attach: Attach,
+        telemetry: Telemetry,
+        on_cancelled: Callable[[float], None] = lambda _: None,
+    ) -> None:
         """See WorkerConnection, of `on_draining` too."""
         self._clock = clock
+        self._telemetry = telemetry
         self._on_cancelled = on_cancelled
         self._attach = attach
         self._workers: dict[str, WorkerConnection] = {}
@@ -220,7 +234,7 @@ class PoolsView:
         for address, member in wanted.items():
             if address not in self._workers:
                 self._workers[address] = WorkerConnection(
-                    member, self._clock, self._on_cancelled, self._drains, self._attach
+                    member, self._clock, self._telemetry, self._on_cancelled, self._drains, self._attach
                 )
 
     def _drains(self, worker: WorkerConnection) -> None:

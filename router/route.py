@@ -29,6 +29,7 @@ from router.moves import Moves
 from router.policy.placement import place
 from router.policy.split import SplitReason, split
 from router.pools_view import PoolsView
+from router.telemetry import Telemetry
 from tidemill.core import metrics
 from tidemill.core.clock import Clock
 from tidemill.core.lifecycle import RequestState
@@ -73,11 +74,19 @@ class Router:
     """Leads requests through the pools. One event loop, no thread of its own."""
 
     def __init__(
-        self, settings: Settings, pools: PoolsView, gate: Gate, counters: Metrics, clock: Clock, rng: random.Random
+        self,
+        settings: Settings,
+        pools: PoolsView,
+        gate: Gate,
+        telemetry: Telemetry,
+        counters: Metrics,
+        clock: Clock,
+        rng: random.Random,
     ) -> None:
         self._settings = settings
         self._pools = pools
         self._gate = gate
+        self._telemetry = telemetry
         self._metrics = counters
         self._clock = clock
         self._rng = rng
@@ -212,8 +221,11 @@ class Router:
             now = self._clock.monotonic()
             if journey.sent:
                 self._metrics.observe(metrics.ITL, now - journey.last_at, slo_class=slo_class)
+            first = not journey.sent
             for step in steps:
                 journey.took(step, now)
+            if first:
+                self._telemetry.started(journey, now)
             if journey.finish is not None:
                 journey.lifecycle.move(RequestState.FINISHED)
             yield steps

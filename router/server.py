@@ -20,6 +20,7 @@ from router.pools_view import PoolsView, attach_over
 from router.route import Router
 from router.served_model import ServedModel
 from router.servicer import Servicer
+from router.telemetry import Telemetry
 from router.wellformed import WellFormed
 from tidemill.core import metrics
 from tidemill.core.channels import NodeChannels
@@ -27,6 +28,7 @@ from tidemill.core.clock import Clock, SystemClock
 from tidemill.core.metrics import ROUTER_SERIES, Metrics
 from tidemill.core.model import Member, Role, WorkerId
 from tidemill.core.settings import Settings
+from tidemill.core.telemetry import RouterTelemetry
 from tidemill.proto.inference_pb2_grpc import add_InferenceServicer_to_server
 
 log = logging.getLogger(__name__)
@@ -47,15 +49,19 @@ class RouterServer:
         emulated = settings.emulated if engine.kind == "emulated" else None
         self._model = ServedModel(settings.target, engine.kv_blocks * engine.block_size, emulated)
         self._channels = NodeChannels(settings.network.tls)
+        self._telemetry = Telemetry(settings.controller.windows_s, self._clock.monotonic())
         self._pools = PoolsView(
             self._clock,
             attach_over(self._channels),
+            self._telemetry,
             lambda seconds: self.metrics.observe(metrics.CANCEL_TO_RELEASE, seconds),
         )
         limits = AdmissionLimits(settings.router.max_active, settings.router.max_queued)
         self._gate = Gate(limits, self.metrics)
-        self._router = Router(settings, self._pools, self._gate, self.metrics, self._clock, random.Random())
-        self._servicer = Servicer(settings, self._model, self._router, self.metrics, self._clock)
+        self._router = Router(
+            settings, self._pools, self._gate, self._telemetry, self.metrics, self._clock, random.Random()
+        )
+        self._servicer = Servicer(settings, self._model, self._router, self._telemetry, self.metrics, self._clock)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._tasks: list[asyncio.Task[None]] = []
         self._server: grpc.aio.Server | None = None
@@ -149,6 +155,10 @@ class RouterServer:
             for service in ("", SERVICE):
                 await self._health.set(service, status)
             await asyncio.sleep(HEALTH_PERIOD_S)
+
+    def telemetry(self) -> RouterTelemetry:
+        """For the controller."""
+        return self._telemetry.snapshot(self._clock.monotonic())
 
     def describe(self) -> dict[str, object]:
         """For `tidemill status`."""

@@ -14,6 +14,7 @@ from router.journey import Journey
 from router.route import Router
 from router.served_model import ServedModel
 from router.slo import Verdict, verdict
+from router.telemetry import Telemetry
 from tidemill.core import metrics
 from tidemill.core.clock import Clock
 from tidemill.core.lifecycle import RequestState
@@ -50,10 +51,19 @@ class Servicer(InferenceServicer):
     in a write to a client that does not read too.
     """
 
-    def __init__(self, settings: Settings, model: ServedModel, router: Router, counters: Metrics, clock: Clock) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        model: ServedModel,
+        router: Router,
+        telemetry: Telemetry,
+        counters: Metrics,
+        clock: Clock,
+    ) -> None:
         self._settings = settings
         self._model = model
         self._router = router
+        self._telemetry = telemetry
         self._metrics = counters
         self._clock = clock
         self._active: set[str] = set()  # ids clients gave, or were given
@@ -142,6 +152,7 @@ class Servicer(InferenceServicer):
             self._metrics.add(metrics.REQUESTS, outcome=outcome)
             if journey is not None:
                 self._active.discard(journey.request.id)
+                self._telemetry.ended(journey, self._clock.monotonic(), failed=outcome != Cancelled.kind)
                 self._count(journey, outcome)
 
     async def _begin(self, read: Read, context: Any) -> Journey:
@@ -154,9 +165,10 @@ class Servicer(InferenceServicer):
         if request.id in self._active:
             raise InvalidRequest(f"a request with id {request.id!r} is being served; ids must be unique")
         self._active.add(request.id)
-        return Journey(
-            request, arrived_at, arrived_at + (self._settings.router.default_deadline_s if left_s is None else left_s)
-        )
+        deadline = arrived_at + (self._settings.router.default_deadline_s if left_s is None else left_s)
+        journey = Journey(request, arrived_at, deadline)
+        self._telemetry.arrived(journey, arrived_at)
+        return journey
 
     async def _answer(self, journey: Journey, emit: Emit) -> None:
         """Raises DeadlineExceeded wherever the request is when its time is over: in a queue, a stage or a write."""

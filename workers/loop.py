@@ -12,6 +12,7 @@ import logging
 import threading
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Protocol
 
 from tidemill.core import metrics
@@ -89,6 +90,7 @@ class EngineLoop:
         self._rest_until = 0.0  # no step before that unless something comes: the last one could do nothing
         self._probe_at: float | None = None  # the engine's step raised, and no probe has passed since
         self._gauge_at = 0.0
+        self._busy_s = 0.0  # in steps, since the worker began
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"engine-{name}", daemon=True)
         self._standing: Standing
@@ -180,6 +182,7 @@ class EngineLoop:
         role = self._role.role
         if output.preempted:
             self._metrics.add(metrics.PREEMPTIONS, len(output.preempted), role=role)
+        self._busy_s += output.seconds
         if output.batch_tokens:
             self._metrics.add(metrics.STEPS, role=role)
             self._metrics.observe(metrics.STEP_TIME, output.seconds, role=role)
@@ -258,7 +261,8 @@ class EngineLoop:
         return serving and self._probe_at is None
 
     def _take_stock(self) -> None:
-        self._standing = Standing(self._standing.worker, self._role.role, self._accepts, self._engine.load())
+        load = replace(self._engine.load(), busy_s=self._busy_s)
+        self._standing = Standing(self._standing.worker, self._role.role, self._accepts, load)
 
     def _publish(self, now: float) -> None:
         self._take_stock()
@@ -306,8 +310,15 @@ class EngineLoop:
                 pass
 
     def _carry_out(self, switch: RoleSwitch) -> None:
-        """What is left is given up under the old epoch; the new one is published with the next report."""
+        """What is left is given up under the old epoch; the new one is published with the next report. Who leaves takes
+        no more, and waits to be stopped.
+        """
         me, before = self._standing.worker, self._role.role
+        if switch.to is None:
+            self._role.give_up(Failure.STOPPING, f"{me} leaves")
+            self._publish(self._clock.monotonic())
+            switch.done.set_result(None)
+            return
         self._role.give_up(Failure.ROLE_CHANGED, f"{me} becomes a {switch.to} worker")
         self._publish(self._clock.monotonic())
         self._lifecycle.move(WorkerState.SWITCHING)

@@ -23,7 +23,7 @@ class Move(StrEnum):
 class RoleSwitch:
     """One wish for another role. `done` is resolved by whoever carries the moves out."""
 
-    to: Role
+    to: Role | None  # None: the worker leaves, once it has drained
     drain_s: float  # how long running requests may go on
     done: "Future[None]" = field(default_factory=Future)
     loaded: bool = False
@@ -49,15 +49,16 @@ class RoleSwitch:
 
 def load_beside(switch: RoleSwitch, engines: Engines, deliver: Callable[[Callable[[], None]], None]) -> None:
     """Load a model on a thread of its own while the old role serves on; the outcome is delivered to the engine's."""
-    if engines.has(switch.to):
+    role = switch.to
+    if role is None or engines.has(role):
         return switch.finish_loading(None)
 
     def run() -> None:
         error: Exception | None = None
         try:
-            engines.of(switch.to)
+            engines.of(role)
         except Exception as raised:
             error = raised
         deliver(lambda: switch.finish_loading(error))
 
-    threading.Thread(target=run, name=f"load-{switch.to}", daemon=True).start()
+    threading.Thread(target=run, name=f"load-{role}", daemon=True).start()

@@ -160,6 +160,13 @@ class Worker:
     def set_role(self, role: Role, drain_s: float | None = None) -> "Future[None]":
         """Load, drain, switch, prove, publish under a new epoch. If that fails the future raises why, and the old role
         goes on. `drain_s`: how long running requests may go on before they are given up."""
+        return self._switch(role, drain_s)
+
+    def retire(self, drain_s: float | None = None) -> "Future[None]":
+        """Take no more; done when what runs has ended or was given up. It is then to be stopped."""
+        return self._switch(None, drain_s)
+
+    def _switch(self, role: Role | None, drain_s: float | None) -> "Future[None]":
         switch = RoleSwitch(role, self._settings.deadlines.drain_s if drain_s is None else drain_s)
         if self._running:
             self._mailbox.deliver(lambda: self._loop.begin_switch(switch))

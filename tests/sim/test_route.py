@@ -20,6 +20,7 @@ from router.journey import Journey
 from router.policy.admission import AdmissionLimits
 from router.pools_view import PoolsView
 from router.route import Router
+from router.telemetry import Telemetry
 from tests.support.scripted_worker import ScriptedWorker, expected_tokens, lease_for, router_settings, step
 from tests.support.virtual_time import LoopClock, run_virtual
 from tidemill.core import control_pb2 as pb
@@ -200,9 +201,10 @@ class Cluster:
         self.by_name = {worker.id.name: worker for worker in self.workers}
         config = router_settings(router={"max_retries": max_retries, "max_active": 4}, deadlines=STAGES)
         self.counters, clock, rng = Metrics(ROUTER_SERIES), LoopClock(), random.Random(0)
-        self.pools = PoolsView(clock, self._attach)
+        telemetry = Telemetry((5.0,), clock.monotonic())
+        self.pools = PoolsView(clock, self._attach, telemetry)
         self.gate = Gate(AdmissionLimits(4, 8), self.counters)
-        self.router = Router(config, self.pools, self.gate, self.counters, clock, rng)
+        self.router = Router(config, self.pools, self.gate, telemetry, self.counters, clock, rng)
 
     async def _attach(self, address: str, commands: AsyncIterator[pb.Command]) -> AsyncGenerator[pb.StepReport, None]:
         async with aclosing(self.by_name[address].Attach(commands, None)) as reports:  # type: ignore[type-var]

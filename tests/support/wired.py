@@ -13,6 +13,7 @@ from router.journey import Journey
 from router.policy.admission import AdmissionLimits
 from router.pools_view import PoolsView
 from router.route import Router
+from router.telemetry import Telemetry
 from tests.support.benches import Bench, break_link, carry_kv
 from tests.support.engines import SMALL
 from tests.support.virtual_time import LoopClock
@@ -100,9 +101,10 @@ class Wired:
             }
         )
         self.counters, clock, rng = Metrics(ROUTER_SERIES), LoopClock(), random.Random(0)
-        self.pools = PoolsView(clock, attach=self._attach)
+        telemetry = Telemetry((5.0,), clock.monotonic())
+        self.pools = PoolsView(clock, self._attach, telemetry)
         self.gate = Gate(AdmissionLimits(64, 64), self.counters)
-        self.router = Router(settings, self.pools, self.gate, self.counters, clock, rng)
+        self.router = Router(settings, self.pools, self.gate, telemetry, self.counters, clock, rng)
         self.lost_messages = 0
 
     async def _attach(self, address: str, commands: AsyncIterator[pb.Command]) -> AsyncGenerator[pb.StepReport, None]:

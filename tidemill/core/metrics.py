@@ -221,6 +221,31 @@ SELECTION_TIME = _latency(
 ERRORS = _counter("worker_errors_total", "Requests a worker gave up, by failure.", "See the worker's log.", "failure")
 REPORTS = _counter("worker_reports_total", "Messages sent to routers: at most one a turn and router.", "Follows steps.")
 
+# --- controller -------------------------------------------------------------------------------------------------
+
+CONTROLLER_DECISIONS = _counter(
+    "controller_decisions_total", "Looks at the cluster, by what the rebalancing policy decided and why.",
+    "The reason says whether roles changed, and what kept them.", "reason",
+)  # fmt: skip
+ROLE_SWITCHES = _counter(
+    "role_switches_total", "Changes of role that the controller began, by how they ended.",
+    "Failed ones: see the worker's log; it went on in its old role.", "role", "result",
+)  # fmt: skip
+ROLE_SWITCH_TIME = _latency(
+    "role_switch", "From telling a worker to its answer under the new role.",
+    "Long: its requests do not drain, or a model is loaded.", "role",
+)  # fmt: skip
+WORKERS = _gauge("workers", "Workers that serve a role.", "Changes of role, starts and losses.", "role")
+ROLE_LOAD = _gauge(
+    "role_load_ratio", "A role's load to the latency goals: predicted TTFT or TPOT over the goal, or KV over its room.",
+    "Near 1: the role is short of workers, and gets some if others have them to spare.", "role",
+)  # fmt: skip
+ATTAINMENT = _gauge(
+    "slo_attainment_ratio", "Share of requests that met both goals, over the second longest window.",
+    "Falling: look at the loads of the roles.", "slo_class",
+)  # fmt: skip
+
+CONTROLLER_SERIES = (CONTROLLER_DECISIONS, ROLE_SWITCHES, ROLE_SWITCH_TIME, WORKERS, ROLE_LOAD, ATTAINMENT)
 ROUTER_SERIES = (
     TTFT, TTFT_QUEUE, TTFT_PREFILL, TTFT_TRANSFER, TTFT_FIRST_DECODE, TPOT, ITL, REQUESTS, SLO_REQUESTS, OUTPUT_TOKENS,
     GOODPUT_TOKENS, REQUEST_VERIFIES, REQUEST_ACCEPTED, ROUTER_QUEUED, ROUTER_ACTIVE, DECISIONS, RETRIES, MIGRATIONS,

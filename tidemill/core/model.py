@@ -103,6 +103,7 @@ class WorkerLoad:
     block_size: int = 16
     steps: int = 0
     step_s: float = 0.0  # duration of the last step
+    busy_s: float = 0.0  # spent in steps since the worker began
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ Nothing is read from the environment but secrets' files named here. Unknown keys
 where, what was expected and what was found.
 """
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -276,12 +277,58 @@ class RaySettings(Section):
     """How often Ray restarts a dead worker; -1: always."""
 
 
+class RoleBounds(Section):
+    """How few and how many workers may have a role."""
+
+    least: Annotated[int, Field(ge=0)] = 0
+    """Below this no worker leaves the role."""
+    most: Count | None = None
+    """Above this none joins it; none: no limit."""
+
+
+class ControllerSettings(Section):
+    """Watches the workers, and moves them between roles as the traffic changes."""
+
+    rebalance: bool = True
+    """Off: roles change by `tidemill role` only."""
+    period_s: Seconds = 0.5
+    """Between two looks at the workers and routers."""
+    windows_s: tuple[Seconds, ...] = (1.0, 3.0, 10.0, 30.0, 90.0)
+    """How far back traffic is summed up, the shortest window first: short ones show a change, long ones a mean."""
+    prefill: RoleBounds = RoleBounds()
+    """With no prefill worker, prompts are computed where they are decoded."""
+    draft: RoleBounds = RoleBounds()
+    verify: RoleBounds = RoleBounds(least=1)
+    headroom: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """Share of what a role could do within the goals above which roles are reconsidered."""
+    margin: Annotated[float, Field(ge=0)] = 0.1
+    """By how much another split must relieve the most loaded role."""
+    sustain_s: Annotated[float, Field(ge=0)] = 1.0
+    """How long a change must be called for before it is made."""
+    cooldown_s: Annotated[float, Field(ge=0)] = 3.0
+    """Between two changes of roles."""
+    dwell_s: Annotated[float, Field(ge=0)] = 10.0
+    """How long a worker keeps a role at least."""
+    switch_timeout_s: Seconds = 60.0
+    """A role switch that takes longer is given up, and counted as failed."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "ControllerSettings":
+        if not self.windows_s or any(a >= b for a, b in itertools.pairwise(self.windows_s)):
+            raise ValueError("controller.windows_s must have one window or more, the shortest first")
+        if self.verify.least < 1:
+            raise ValueError("controller.verify.least must be at least 1: without a verify worker nothing is served")
+        return self
+
+
 class MetricsSettings(Section):
     """Prometheus endpoints of router and workers."""
 
     host: str = "127.0.0.1"
     """Address the router's endpoint listens on. Other than loopback needs `network.tls`."""
     router_port: Port = 0
+    """0: any free port; `tidemill status` shows it."""
+    controller_port: Port = 0
     """0: any free port; `tidemill status` shows it."""
     worker_port: Port = 0
     """0: any free port; a fixed one only where each worker has an address of its own, as a Kubernetes pod has."""
@@ -308,6 +355,7 @@ class Settings(Section):
     deadlines: DeadlineSettings = DeadlineSettings()
     slo: dict[str, SloSettings] = {"default": SloSettings(ttft_s=1.0, tpot_s=0.1)}
     """Latency goals by class; requests name one."""
+    controller: ControllerSettings = ControllerSettings()
     ray: RaySettings = RaySettings()
     metrics: MetricsSettings = MetricsSettings()
 

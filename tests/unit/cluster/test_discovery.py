@@ -29,7 +29,9 @@ def read(path: Path) -> dict[str, str]:
 
 
 def test_the_list() -> None:
-    assert json.loads(targets("prod", "https", "10.0.0.9:9000", {"verify-0": "10.0.0.1:9001", "draft-0": ""})) == [
+    assert json.loads(
+        targets("prod", "https", {"router": "10.0.0.9:9000"}, {"verify-0": "10.0.0.1:9001", "draft-0": ""})
+    ) == [
         {
             "targets": ["10.0.0.9:9000"],
             "labels": {"__scheme__": "https", "cluster": "prod", "component": "router", "worker": "router"},
@@ -44,11 +46,11 @@ def test_the_list() -> None:
 def test_workers_come_move_fall_silent_and_go(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "prod.json"
     list_ = Targets(settings(path))
-    list_.refresh("h:1", {"verify-0": report("verify-0", 7), "verify-1": None})
+    list_.refresh({"router": "h:1"}, {"verify-0": report("verify-0", 7), "verify-1": None})
     assert read(path) == {"router": "h:1", "verify-0": "10.0.0.1:7"}
-    list_.refresh("h:1", {"verify-0": None, "verify-1": report("verify-1", 8)})
+    list_.refresh({"router": "h:1"}, {"verify-0": None, "verify-1": report("verify-1", 8)})
     assert read(path) == {"router": "h:1", "verify-0": "10.0.0.1:7", "verify-1": "10.0.0.1:8"}
-    list_.refresh("h:1", {"verify-0": report("verify-0", 9, epoch=2)})
+    list_.refresh({"router": "h:1"}, {"verify-0": report("verify-0", 9, epoch=2)})
     assert read(path) == {"router": "h:1", "verify-0": "10.0.0.1:9"}
     list_.remove()
     list_.remove()
@@ -60,14 +62,14 @@ def test_nothing_is_written_while_nothing_changes(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(discovery, "write_atomically", lambda _, text: written.append(text))
     list_ = Targets(settings(tmp_path / "prod.json"))
     for _ in range(5):
-        list_.refresh("h:1", {"verify-0": report("verify-0", 7)})
+        list_.refresh({"router": "h:1"}, {"verify-0": report("verify-0", 7)})
     assert len(written) == 1
 
 
 def test_no_file_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     list_ = Targets(settings(None))
-    list_.refresh("h:1", {"verify-0": report("verify-0", 7)})
+    list_.refresh({"router": "h:1"}, {"verify-0": report("verify-0", 7)})
     list_.remove()
     assert list(tmp_path.iterdir()) == []
 
@@ -88,4 +90,4 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 
 def test_a_folder_that_cannot_be_written_costs_nobody_anything(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    Targets(settings(tmp_path / "file" / "prod.json")).refresh("h:1", {})
+    Targets(settings(tmp_path / "file" / "prod.json")).refresh({"router": "h:1"}, {})

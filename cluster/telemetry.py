@@ -1,0 +1,57 @@
+"""One picture of the cluster from those of its routers."""
+
+from collections.abc import Iterable, Sequence
+from itertools import zip_longest
+
+from tidemill.core.model import Role
+from tidemill.core.telemetry import Progress, RouterTelemetry, Traffic, Waiting, Window, WorkerTelemetry
+
+
+def merge(pictures: Sequence[RouterTelemetry]) -> RouterTelemetry:
+    """Requests add up: each belongs to one router. Workers are everybody's: the newest word of each counts."""
+    if len(pictures) == 1:
+        return pictures[0]
+    windows = zip_longest(*(picture.windows for picture in pictures), fillvalue=Window(0.0))
+    waiting = [picture.waiting for picture in pictures]
+    return RouterTelemetry(
+        tuple(_window(each) for each in windows),
+        Waiting(
+            sum(each.requests for each in waiting),
+            sum(each.tokens for each in waiting),
+            max((each.oldest_of_goal for each in waiting), default=0.0),
+        ),
+        _workers(worker for picture in pictures for worker in picture.workers),
+    )
+
+
+def _window(windows: Sequence[Window]) -> Window:
+    """As long as the longest: a router that began later had no requests before."""
+    classes: dict[str, Traffic] = {}
+    roles: dict[Role, Progress] = {}
+    for window in windows:
+        for name, traffic in window.classes:
+            classes[name] = classes[name] + traffic if name in classes else traffic
+        for role, progress in window.roles:
+            roles[role] = roles[role].beside(progress) if role in roles else progress
+    return Window(max(window.seconds for window in windows), tuple(sorted(classes.items())), tuple(roles.items()))
+
+
+def _workers(workers: Iterable[WorkerTelemetry]) -> tuple[WorkerTelemetry, ...]:
+    """Of each the latest incarnation, as it was heard last; with what all routers saw of its progress."""
+    found: dict[str, WorkerTelemetry] = {}
+    for worker in workers:
+        other = found.get(worker.worker.name)
+        if other is None or other.worker.epoch < worker.worker.epoch:
+            found[worker.worker.name] = worker
+        elif other.worker.epoch == worker.worker.epoch:
+            newer = min(worker, other, key=lambda each: each.heard_s)
+            found[worker.worker.name] = WorkerTelemetry(
+                newer.worker,
+                newer.role,
+                newer.accepting,
+                newer.load,
+                newer.heard_s,
+                min(worker.stalled_s, other.stalled_s),
+                worker.progress.beside(other.progress),
+            )
+    return tuple(found[name] for name in sorted(found))
