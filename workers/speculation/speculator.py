@@ -151,9 +151,9 @@ class Speculator:
 
     # --- drafts come --------------------------------------------------------------------------------------------
 
-    def answered(self, peer: Peer, reply: DraftReply, now: float) -> None:
+    def answered(self, peer: Peer, reply: DraftReply, came_at: float) -> None:
         """A draft worker's message."""
-        results, drafts = self._pool.answered(peer, reply, now)
+        results, drafts = self._pool.answered(peer, reply, came_at)
         for result in results:
             self._metrics.add(metrics.DRAFT_ROUNDS, result=result)
         for draft in drafts:
