@@ -247,10 +247,12 @@ class Worker:
         self._mailbox.deliver(run)
 
     def drafts_came(self, peer: Peer, reply: DraftReply) -> None:
+        came_at = time.monotonic()  # a step may be under way; the draft worker is not late for that
+
         def run() -> None:
             role = self._loop.role
             if isinstance(role, VerifyRole):
-                role.on_drafts(peer, reply, time.monotonic())
+                role.on_drafts(peer, reply, came_at)
 
         self._mailbox.deliver(run)
 

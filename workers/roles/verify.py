@@ -237,9 +237,9 @@ class VerifyRole:
             return None
         return self._speculator.wait_until(now) or now
 
-    def on_drafts(self, peer: Peer, reply: DraftReply, now: float) -> None:
-        """Drafts came."""
-        self._speculator.answered(peer, reply, now)
+    def on_drafts(self, peer: Peer, reply: DraftReply, came_at: float) -> None:
+        """Drafts came, maybe while a step was under way."""
+        self._speculator.answered(peer, reply, came_at)
 
     def on_drafter_lost(self, peer: Peer, why: str) -> None:
         """Its requests go on without its drafts."""

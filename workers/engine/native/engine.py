@@ -233,7 +233,8 @@ class NativeEngine:
         sequence = self._sequences.get(draft.request_id)
         if sequence is None or not sequence.decoding or draft.base != len(sequence.tokens):
             return False
-        if not all(0 <= token < self.info.vocab_size for token in draft.tree.tokens):
+        tokens = draft.tree.tokens
+        if min(tokens, default=0) < 0 or max(tokens, default=0) >= self.info.vocab_size:
             return False
         room = min(sequence.room, self.info.context_length - len(sequence.tokens)) - 1  # a step yields one token anyway
         sequence.draft = draft.tree.up_to(room)
