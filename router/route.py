@@ -262,9 +262,8 @@ class Router:
     def _try_again(self, journey: Journey, failure: AttemptFailed) -> None:
         """Raises Unavailable when the request has failed too often. A worker that became another's is no failure."""
         journey.retries += 1
-        if failure.failure != Failure.ROLE_CHANGED:
-            journey.failures += 1
-            journey.avoid.add(failure.worker)
+        journey.failures += failure.failure != Failure.ROLE_CHANGED
+        journey.avoid.add(failure.worker)
         if journey.kv_from is not None and failure.failure in HANDOVER_FAILURES:
             journey.avoid.add(journey.kv_from)
         journey.kv_from, journey.pauses = None, 0  # it had a place until now
