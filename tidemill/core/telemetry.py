@@ -9,6 +9,8 @@ from typing import Self
 
 from tidemill.core.model import Role, WorkerId, WorkerLoad
 
+STALE_AFTER_S = 3.0  # workers report at least every half second; one silent for longer gets no new requests
+
 
 @dataclass(frozen=True, slots=True)
 class Sums:
@@ -169,3 +171,22 @@ class RouterTelemetry:
     windows: tuple[Window, ...] = ()
     waiting: Waiting = field(default_factory=Waiting)
     workers: tuple[WorkerTelemetry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The last minute in points of `step_s`, the oldest first; the last point is still being filled."""
+
+    step_s: float
+    classes: tuple[tuple[str, tuple[Traffic, ...]], ...] = ()
+    roles: tuple[tuple[Role, tuple[Progress, ...]], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionRecord:
+    """A decision of the controller as people see it. Those that change nothing are kept when the reason is new."""
+
+    at: float  # seconds of wall time
+    reason: str
+    changes: tuple[str, ...]
+    loads: tuple[tuple[str, float], ...]
