@@ -70,6 +70,24 @@ def test_status_shows_every_worker(up: Operator) -> None:
     assert "verify-1@" in up.run("status", "--name", "test").stdout
 
 
+def test_top_and_trace_tell_of_the_requests(up: Operator) -> None:
+    with Client(f"127.0.0.1:{up.port}") as client:
+        served = client.generate("def f(x):" * 20, max_tokens=5).summary
+    picture = json.loads(up.run("top", "--name", "test", "--once", "--json").stdout)
+    assert picture["front"]["address"] == up.status()["address"]
+    assert [each["role"] for each in picture["workers"]] == ["prefill", "draft", "verify", "verify"]
+    assert picture["classes"][0]["finished"] >= 1
+    assert picture["decisions"], "the controller tells the router of its decisions"
+    assert "verify-1" in up.run("top", "--name", "test", "--once").stdout
+    trace = json.loads(up.run("trace", served.request_id, "--name", "test", "--json").stdout)
+    assert trace["output_tokens"] == 5
+    assert {span["worker"] for span in trace["spans"]} >= {served.route.verify_worker, served.route.prefill_worker}
+    assert trace["timing"]["ttft_s"] == pytest.approx(served.timing.ttft_s)
+    assert served.request_id in up.run("trace", "--name", "test").stdout
+    unknown = up.run("trace", "nonesuch", "--name", "test")
+    assert (unknown.returncode, "does not remember a request 'nonesuch'" in unknown.stderr) == (1, True)
+
+
 def test_second_up_says_so(up: Operator) -> None:
     done = up.run("up", "-c", str(up.config))
     assert done.returncode == 1
