@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 SERVICE = "tidemill.v1.Inference"
 HEALTH_PERIOD_S = 0.25
+PICTURE_PERIOD_S = 0.5
 
 
 class RouterServer:
@@ -66,6 +67,8 @@ class RouterServer:
             settings, self._model, router, self._telemetry, self._traces, self.metrics, self._clock
         )
         self._decisions: tuple[DecisionRecord, ...] = ()
+        self._picture: Picture | None = None
+        self._pictured_at = 0.0
         self._page: StatusPage | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._tasks: list[asyncio.Task[None]] = []
@@ -180,8 +183,14 @@ class RouterServer:
         self._decisions = tuple(decisions)
 
     def picture(self) -> Picture:
-        """For the status page and `tidemill top`."""
-        now, settings = self._clock.monotonic(), self._settings
+        """For the status page and `tidemill top`; made anew twice a second at most, however many look."""
+        now = self._clock.monotonic()
+        if self._picture is None or now - self._pictured_at >= PICTURE_PERIOD_S:
+            self._picture, self._pictured_at = self._new_picture(now), now
+        return self._picture
+
+    def _new_picture(self, now: float) -> Picture:
+        settings = self._settings
         front = FrontDoor(
             settings.name,
             self.address,
@@ -190,7 +199,7 @@ class RouterServer:
             self._gate.queued,
             settings.controller.rebalance,
         )
-        return picture(front, self._telemetry.snapshot(now), self._telemetry.history(now), self._decisions, time.time())
+        return picture(front, self._telemetry.present(now), self._telemetry.history(now), self._decisions, time.time())
 
     def trace(self, request_id: str) -> Trace | None:
         """Of one of the requests that ended last."""

@@ -6,8 +6,8 @@ entry for each request that waits for its first token, whose number is bounded b
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Generic
 
 from router.journey import Journey
 from tidemill.core.messages import Event, Tokens
@@ -17,19 +17,18 @@ from tidemill.core.telemetry import (
     Progress,
     RouterTelemetry,
     Steps,
-    Sums,
+    Total,
     Traffic,
     Waiting,
     Window,
     WorkerTelemetry,
+    add_up,
 )
 
 BUCKET_S = 0.5
 HISTORY_POINTS, HISTORY_STEP_S = 30, 2.0
 WORKER_HORIZON_S = 10.0
 FORGET_WORKER_S = 30.0  # one that has not reported for so long is gone
-
-Total = TypeVar("Total", bound=Sums)
 
 
 class Sliding(Generic[Total]):
@@ -69,13 +68,13 @@ class Sliding(Generic[Total]):
         """The last `count` steps of `step_s` seconds, the oldest first. Steps begin at multiples of their length, so
         that a point keeps its sum while it moves on.
         """
-        found = [self._zero] * count
         first, per_step = int(now // step_s) - count + 1, int(step_s / BUCKET_S)
+        found: list[list[Total]] = [[] for _ in range(count)]
         for index, total in self._buckets.items():
             place = index // per_step - first
             if 0 <= place < count:
-                found[place] += total
-        return tuple(found)
+                found[place].append(total)
+        return tuple(add_up(each) if each else self._zero for each in found)
 
 
 def _first_bucket(span_s: float, now: float) -> int:
@@ -268,8 +267,6 @@ class Telemetry:
     # --- for the controller, and for people ---------------------------------------------------------------------
 
     def snapshot(self, now: float) -> RouterTelemetry:
-        for name in [each for each, watch in self._workers.items() if now - watch.heard_at > FORGET_WORKER_S]:
-            del self._workers[name]
         by_class = {name: each.totals(self._windows_s, now) for name, each in sorted(self._classes.items())}
         by_role = {role: each.totals(self._windows_s, now) for role, each in self._roles.items()}
         windows = tuple(
@@ -280,8 +277,14 @@ class Telemetry:
             )
             for index, span_s in enumerate(self._windows_s)
         )
+        return replace(self.present(now), windows=windows)
+
+    def present(self, now: float) -> RouterTelemetry:
+        """Without the windows, which are most of the work."""
+        for name in [each for each, watch in self._workers.items() if now - watch.heard_at > FORGET_WORKER_S]:
+            del self._workers[name]
         workers = tuple(watch.telemetry(now) for _, watch in sorted(self._workers.items()))
-        return RouterTelemetry(windows, self._waiting_now(now), workers)
+        return RouterTelemetry((), self._waiting_now(now), workers)
 
     def history(self, now: float) -> History:
         """The last minute, for people to look at."""

@@ -33,7 +33,7 @@ def draw_picture(picture: Picture, height: int = 24) -> RenderableType:
         _tokens(picture),
         Rule("workers", align="left", style="dim"),
         _workers(pools, picture.workers, rows),
-        Rule("goals kept, last minute; finished/arrived, TTFT, TPOT", align="left", style="dim"),
+        Rule("goals kept, last minute; requests, TTFT, TPOT", align="left", style="dim"),
         _classes(classes),
         Rule("decisions" if picture.front.rebalances else "decisions: roles are left alone", align="left", style="dim"),
         *[_decision(each) for each in decisions],
@@ -143,7 +143,7 @@ def _classes(classes: Sequence[ClassLine]) -> RenderableType:
             Text(percent(each.attainment), style=grade),
             Text(bar(each.attainment or 0.0, 10), style=grade),
             Text(sparkline(each.series, 1.0), style=grade),
-            f"{each.finished}/{each.arrived} {millis(each.ttft_s)} {millis(each.tpot_s)}",
+            f"{each.arrived} {millis(each.ttft_s)} {millis(each.tpot_s)}",
         )
     return table
 
