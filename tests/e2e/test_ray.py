@@ -2,8 +2,13 @@
 
 import json
 import os
+import pty
 import re
+import select
 import signal
+import subprocess
+import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -86,6 +91,37 @@ def test_top_and_trace_tell_of_the_requests(up: Operator) -> None:
     assert served.request_id in up.run("trace", "--name", "test").stdout
     unknown = up.run("trace", "nonesuch", "--name", "test")
     assert (unknown.returncode, "does not remember a request 'nonesuch'" in unknown.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(("keys", "expected"), [(b"q", 0), (b"\x03", 130)])
+def test_top_draws_until_told_to_end_and_leaves_the_terminal_as_it_was(
+    up: Operator, keys: bytes, expected: int
+) -> None:
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    process = subprocess.Popen(
+        ["setsid", "--ctty", str(Path(sys.executable).parent / "tidemill"), "top", "--name", "test"],
+        env=up.env | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    seen = b""
+    while seen.count(b"goals kept") < 2:
+        assert select.select([ours], [], [], 30)[0], seen
+        seen += os.read(ours, 65536)
+    os.write(ours, keys)
+    while process.poll() is None:
+        if select.select([ours], [], [], 0.1)[0]:
+            seen += os.read(ours, 65536)
+    while select.select([ours], [], [], 0.1)[0]:
+        seen += os.read(ours, 65536)
+    assert process.returncode == expected
+    assert b"Traceback" not in seen
+    assert seen.count(b"\x1b[?1049h") == seen.count(b"\x1b[?1049l") == 1, "the screen that was there is shown again"
+    assert termios.tcgetattr(theirs) == before
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_second_up_says_so(up: Operator) -> None:
