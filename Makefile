@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
-DEPLOY_TOOLS := prometheus openssh-server openssh-client iproute2 rsync openssl git
+DEPLOY_TOOLS := prometheus chromium chromium-driver fonts-dejavu-core openssh-server openssh-client iproute2 rsync openssl git
 PROTOS := tidemill/proto/inference.proto tidemill/core/control.proto
 
 .PHONY: help env demo test test-vllm test-deploy lint types unit e2e identity switches docs bench protos clean
@@ -50,7 +50,7 @@ e2e: env
 test: lint types env
 	$(BIN)/python -m pytest tests --ignore=tests/deploy
 
-# make test-deploy: what operators use, for real: Prometheus, and `ray up` on three hosts. Needs Debian and root.
+# make test-deploy: what operators use, for real: Prometheus, a browser, and `ray up` on three hosts. Needs Debian and root.
 test-deploy: env
 	@missing=$$(for each in $(DEPLOY_TOOLS); do dpkg -s $$each >/dev/null 2>&1 || echo $$each; done); \
 	  test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing; }

@@ -39,13 +39,14 @@ from tidemill.core.channels import NodeChannels
 from tidemill.core.metrics import CONTROLLER_SERIES, Metrics
 from tidemill.core.model import Decision, Member, Role
 from tidemill.core.settings import Settings
-from tidemill.core.telemetry import RouterTelemetry
+from tidemill.core.telemetry import DecisionRecord, RouterTelemetry
 
 log = logging.getLogger(__name__)
 
 ROUND_TIMEOUT_S = 5.0
 SILENT_ROUNDS = 6  # a worker that says nothing for so many rounds is no member until it speaks again
 ROUTER_TIMEOUT_S = 2.0
+SHOWN_DECISIONS = 12  # on the status page and in `tidemill top`
 
 
 class Membership:
@@ -83,6 +84,7 @@ class ControllerActor:
         self._targets = Targets(settings)
         self._heads: dict[str, str] = {}  # routers and controller, and where their metrics are
         self._published: tuple[Member, ...] = ()
+        self._shown: tuple[DecisionRecord, ...] = ()
         self._reports: dict[str, WorkerReport | None] = {}
         self._metrics = Metrics(CONTROLLER_SERIES)
         self._steering = Steering(settings, self._metrics)
@@ -139,6 +141,10 @@ class ControllerActor:
         )
         for change in self._steering.decide(merge(pictures), time.monotonic(), time.time()):
             self._switching[change.worker] = find(change.worker).set_role.remote(str(change.to))
+        shown = tuple(self._steering.recent)[-SHOWN_DECISIONS:]
+        if shown != self._shown:
+            ray.get([router.set_decisions.remote(shown) for router in routers], timeout=ROUTER_TIMEOUT_S)
+            self._shown = shown
 
     def _settle(self) -> None:
         now = time.monotonic()

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -229,6 +229,23 @@ def status(state: ClusterState) -> dict[str, Any]:
         worker["pid"] = report.pid if report else None
         worker["metrics_address"] = report.metrics_address if report else ""
     return described | {"controller": controller, "logs": f"{state.folder}/session_latest/logs" if state.folder else ""}
+
+
+@contextlib.contextmanager
+def asking_router(state: ClusterState) -> Iterator[Callable[..., Any]]:
+    """A function that calls a method of the router by its name. Raises LaunchError, now or when called."""
+    connect(state)
+
+    def ask(method: str, *arguments: object) -> Any:
+        try:
+            return ray.get(getattr(find(ROUTER), method).remote(*arguments), timeout=10.0)
+        except (RayError, ValueError) as error:
+            raise LaunchError(f"the router of {state.name!r} does not answer: {_cause(error)}") from error
+
+    try:
+        yield ask
+    finally:
+        ray.shutdown()
 
 
 def change_role(state: ClusterState, worker: str, role: Role) -> str:

@@ -18,8 +18,10 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tidemill.core.model import Member, Peer, Role
+from tidemill.core.picture import Picture
 from tidemill.core.settings import Settings
-from tidemill.core.telemetry import RouterTelemetry
+from tidemill.core.telemetry import DecisionRecord, RouterTelemetry
+from tidemill.core.trace import Trace
 
 log = logging.getLogger(__name__)
 
@@ -98,6 +100,18 @@ class RouterActor:
 
     async def telemetry(self) -> RouterTelemetry:
         return self._server.telemetry()
+
+    async def set_decisions(self, decisions: Sequence[DecisionRecord]) -> None:
+        self._server.set_decisions(decisions)
+
+    async def picture(self) -> Picture:
+        return self._server.picture()
+
+    async def trace(self, request_id: str) -> Trace | None:
+        return self._server.trace(request_id)
+
+    async def latest_traces(self) -> list[Trace]:
+        return self._server.latest_traces()
 
     async def describe(self) -> dict[str, Any]:
         return self._server.describe() | {"pid": os.getpid()}

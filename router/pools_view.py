@@ -21,10 +21,10 @@ from tidemill.core.clock import Clock
 from tidemill.core.control_pb2_grpc import WorkerStub
 from tidemill.core.messages import Cancel, Command, Event, Failed, Failure, Prefill, Prefilled, StepReport
 from tidemill.core.model import Member, Peer, PoolSnapshot, Role, WorkerLoad, WorkerSnapshot
+from tidemill.core.telemetry import STALE_AFTER_S
 
 log = logging.getLogger(__name__)
 
-STALE_AFTER_S = 3.0  # workers report at least every half second; one silent for longer gets no new requests
 RETRY_S, MAX_RETRY_S = 0.1, 2.0
 
 

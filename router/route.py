@@ -48,6 +48,7 @@ from tidemill.core.messages import (
 from tidemill.core.metrics import Metrics
 from tidemill.core.model import Peer, PoolSnapshot, Request, Role, WorkerId, WorkerSnapshot
 from tidemill.core.settings import Settings
+from tidemill.core.trace import Stage
 from tidemill.errors import InvalidRequest, Overloaded, TidemillError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -156,11 +157,14 @@ class Router:
 
     def _submit(self, journey: Journey, attempt: Attempt, placement: Placement) -> None:
         attempt.tell(placement.verify, Submit(attempt.request, placement.drafter))
-        journey.prefilled(None, self._clock.monotonic())
+        now = self._clock.monotonic()
+        journey.prefilled(None, now)
+        journey.enter(Stage.FIRST, now, placement.verify.peer.id, "prefilled in place")
 
     async def _reserve(self, journey: Journey, attempt: Attempt, placement: Placement) -> Lease:
         deadlines = self._settings.deadlines
         attempt.tell(placement.verify, Reserve(attempt.request, deadlines.lease_s, placement.drafter))
+        journey.enter(Stage.RESERVE, self._clock.monotonic(), placement.verify.peer.id)
         granted = await attempt.expect(LeaseGranted, deadlines.reserve_s, placement.verify.peer.id)
         journey.lifecycle.move(RequestState.RESERVED)
         journey.pauses = 0
@@ -173,12 +177,16 @@ class Router:
         if lease.first_block < lease.end_block:
             attempt.tell(placement.prefill, Prefill(attempt.request, lease))
             journey.kv_from = placement.prefill.peer.id
+            journey.enter(Stage.PREFILL, self._clock.monotonic(), placement.prefill.peer.id)
             try:
                 done = await attempt.expect(Prefilled, self._settings.deadlines.prefill_s, placement.prefill.peer.id)
             except AttemptFailed as failure:
                 self._without_prefill(journey, attempt, placement, failure)
         journey.lifecycle.move(RequestState.PREFILLED)
-        journey.prefilled(done, self._clock.monotonic())
+        now = self._clock.monotonic()
+        journey.prefilled(done, now)
+        note = "goes on without its prefill worker" if journey.kv_lost else "" if done else "all of it was cached"
+        journey.enter(Stage.FIRST, now, placement.verify.peer.id, note)
 
     def _without_prefill(
         self, journey: Journey, attempt: Attempt, placement: Placement, failure: AttemptFailed
@@ -222,6 +230,8 @@ class Router:
             if journey.sent:
                 self._metrics.observe(metrics.ITL, now - journey.last_at, slo_class=slo_class)
             first = not journey.sent
+            if journey.stages[-1].stage is not Stage.DECODE:
+                journey.enter(Stage.DECODE, now, placement.verify.peer.id)
             for step in steps:
                 journey.took(step, now)
             if first:
@@ -241,6 +251,7 @@ class Router:
             )
         self._metrics.add(metrics.RETRIES, failure=refusal.reason)
         journey.refused.add(refusal.worker)
+        journey.enter(Stage.QUEUE, self._clock.monotonic(), note=str(refusal))
         if all(worker.peer.id in journey.refused for worker in self._pools.snapshot().of(Role.VERIFY)):
             full = Overloaded(f"every worker is full ({refusal.reason}); try again after a pause")
             await self._pause(journey, full)
@@ -263,6 +274,7 @@ class Router:
         """Raises Unavailable when the request has failed too often. A worker that became another's is no failure."""
         journey.retries += 1
         journey.failures += failure.failure != Failure.ROLE_CHANGED
+        journey.enter(Stage.QUEUE, self._clock.monotonic(), note=f"{failure.worker} failed: {failure.failure}")
         journey.avoid.add(failure.worker)
         if journey.kv_from is not None and failure.failure in HANDOVER_FAILURES:
             journey.avoid.add(journey.kv_from)

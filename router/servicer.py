@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
@@ -15,6 +16,7 @@ from router.route import Router
 from router.served_model import ServedModel
 from router.slo import Verdict, verdict
 from router.telemetry import Telemetry
+from router.traces import Traces
 from tidemill.core import metrics
 from tidemill.core.clock import Clock
 from tidemill.core.lifecycle import RequestState
@@ -57,6 +59,7 @@ class Servicer(InferenceServicer):
         model: ServedModel,
         router: Router,
         telemetry: Telemetry,
+        traces: Traces,
         counters: Metrics,
         clock: Clock,
     ) -> None:
@@ -64,6 +67,7 @@ class Servicer(InferenceServicer):
         self._model = model
         self._router = router
         self._telemetry = telemetry
+        self._traces = traces
         self._metrics = counters
         self._clock = clock
         self._active: set[str] = set()  # ids clients gave, or were given
@@ -152,7 +156,9 @@ class Servicer(InferenceServicer):
             self._metrics.add(metrics.REQUESTS, outcome=outcome)
             if journey is not None:
                 self._active.discard(journey.request.id)
-                self._telemetry.ended(journey, self._clock.monotonic(), failed=outcome != Cancelled.kind)
+                now = self._clock.monotonic()
+                self._telemetry.ended(journey, now, failed=outcome != Cancelled.kind)
+                self._traces.ended(journey, outcome, now, time.time())
                 self._count(journey, outcome)
 
     async def _begin(self, read: Read, context: Any) -> Journey:

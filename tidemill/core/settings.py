@@ -336,6 +336,17 @@ class MetricsSettings(Section):
     """Where the controller writes the list of all endpoints for Prometheus' file_sd; none: nowhere."""
 
 
+class StatusPageSettings(Section):
+    """The router's web page. It asks for what clients are asked for: `router.tls`, and the token as a password."""
+
+    enabled: bool = True
+    """Off: nothing is served over HTTP but metrics."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Other than loopback needs `router.tls` and `router.token_file`."""
+    port: Port = 0
+    """0: any free port; `tidemill status` shows it."""
+
+
 class Settings(Section):
     """The whole tree."""
 
@@ -358,6 +369,7 @@ class Settings(Section):
     controller: ControllerSettings = ControllerSettings()
     ray: RaySettings = RaySettings()
     metrics: MetricsSettings = MetricsSettings()
+    status_page: StatusPageSettings = StatusPageSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
@@ -371,11 +383,12 @@ class Settings(Section):
             raise ValueError("slo needs a class named `default`")
         if self.deadlines.lease_s < self.deadlines.prefill_s:
             raise ValueError("deadlines.lease_s must be at least deadlines.prefill_s, or leases expire during prefill")
-        if not is_loopback(self.router.host) and not (self.router.tls and self.router.token_file):
-            raise ValueError(
-                f"router.host {self.router.host!r} is not loopback: set router.tls and router.token_file, "
-                "or listen on 127.0.0.1"
-            )
+        for section, host in (("router", self.router.host), ("status_page", self.status_page.host)):
+            if not is_loopback(host) and not (self.router.tls and self.router.token_file):
+                raise ValueError(
+                    f"{section}.host {host!r} is not loopback: set router.tls and router.token_file, "
+                    "or listen on 127.0.0.1"
+                )
         if not is_loopback(self.metrics.host) and self.network.tls is None:
             raise ValueError(
                 f"metrics.host {self.metrics.host!r} is not loopback: set network.tls, or listen on 127.0.0.1"
