@@ -16,6 +16,7 @@ from router.auth import BearerToken, read_secret, server_credentials
 from router.gate import Gate
 from router.move import MoveOutcome
 from router.moves import MoveReason
+from router.otlp import TraceExport
 from router.policy.admission import AdmissionLimits
 from router.pools_view import PoolsView, attach_over
 from router.route import Router
@@ -75,6 +76,7 @@ class RouterServer:
         self._picture: Picture | None = None
         self._pictured_at = 0.0
         self._page: StatusPage | None = None
+        self._export: TraceExport | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._tasks: list[asyncio.Task[None]] = []
         self._server: grpc.aio.Server | None = None
@@ -101,10 +103,11 @@ class RouterServer:
         credentials = server_credentials(settings)
         self.metrics_address = self._serve_metrics()
         try:
+            self._export_traces()
             await self._serve_page(token)
             self.address = self._bind(server, credentials)  # last: gRPC gives a port back when its server is destroyed
         except OSError:
-            await self._stop_http()
+            await self._stop_watching()
             raise
         await server.start()
         self._server = server
@@ -149,7 +152,14 @@ class RouterServer:
         self._page = page
         self.page_address = f"{'https' if context else 'http'}://{_authority(settings.host, port)}/"
 
-    async def _stop_http(self) -> None:
+    def _export_traces(self) -> None:
+        if self._settings.traces.endpoint:
+            self._export = TraceExport(self._settings.traces, self._settings.name)
+            self._traces.on_ended = self._export.add
+
+    async def _stop_watching(self) -> None:
+        if self._export is not None:
+            await self._export.stop()
         if self._page is not None:
             await self._page.stop()
         await asyncio.to_thread(self._metrics_server.shutdown)  # waits for the serving thread to notice
@@ -165,7 +175,7 @@ class RouterServer:
         await self._server.stop(grace_s)
         await self._router.close()
         await self._pools.close()
-        await self._stop_http()
+        await self._stop_watching()
 
     async def set_members(self, members: Sequence[Member]) -> None:
         """The workers there are now; called when one comes, goes or restarts."""

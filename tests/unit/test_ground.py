@@ -74,6 +74,7 @@ class TestSettings:
             ("target: {path: m}", "needs a `draft` model"),
             ("target: {path: m}\npools: {draft: 0}\nrouter: {host: 0.0.0.0}", "is not loopback"),
             ("target: {path: m}\npools: {draft: 0}\nstatus_page: {host: '::'}", "status_page.host '::' is not"),
+            ("target: {path: m}\npools: {draft: 0}\ntraces: {endpoint: 'otel:4317'}", "traces.endpoint"),
             ("target: {path: m}\npools: {draft: 0}\nengine: {dtype: int4}", "engine.dtype"),
             ("- a list", "expected a mapping"),
             ("a: [", "is not YAML"),

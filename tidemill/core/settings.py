@@ -347,6 +347,15 @@ class StatusPageSettings(Section):
     """0: any free port; `tidemill status` shows it."""
 
 
+class TracesSettings(Section):
+    """Requests' lives for an OpenTelemetry collector; the router keeps the latest for `tidemill trace` in any case."""
+
+    endpoint: str | None = None
+    """`host:port` of a collector that takes OTLP over gRPC; none: nothing is sent. Other than loopback needs `ca`."""
+    ca: Path | None = None
+    """PEM file of the authority that signed the collector's certificate; none: no TLS."""
+
+
 class Settings(Section):
     """The whole tree."""
 
@@ -370,6 +379,7 @@ class Settings(Section):
     ray: RaySettings = RaySettings()
     metrics: MetricsSettings = MetricsSettings()
     status_page: StatusPageSettings = StatusPageSettings()
+    traces: TracesSettings = TracesSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
@@ -389,6 +399,9 @@ class Settings(Section):
                     f"{section}.host {host!r} is not loopback: set router.tls and router.token_file, "
                     "or listen on 127.0.0.1"
                 )
+        endpoint = self.traces.endpoint
+        if endpoint and self.traces.ca is None and not is_loopback(endpoint.rpartition(":")[0].strip("[]")):
+            raise ValueError(f"traces.endpoint {endpoint!r} is not loopback: set traces.ca, or use a local collector")
         if not is_loopback(self.metrics.host) and self.network.tls is None:
             raise ValueError(
                 f"metrics.host {self.metrics.host!r} is not loopback: set network.tls, or listen on 127.0.0.1"
@@ -452,6 +465,7 @@ def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
     token_file = router.token_file and base / router.token_file
     nodes = settings.network.tls
     nodes = nodes and NodeTlsSettings(certificate=base / nodes.certificate, key=base / nodes.key, ca=base / nodes.ca)
+    ca = settings.traces.ca and base / settings.traces.ca
     targets_file = settings.metrics.targets_file and base / settings.metrics.targets_file
     return settings.model_copy(
         update={
@@ -462,6 +476,7 @@ def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
             ),
             "router": router.model_copy(update={"tls": tls, "token_file": token_file}),
             "network": NetworkSettings(tls=nodes),
+            "traces": settings.traces.model_copy(update={"ca": ca}),
             "metrics": settings.metrics.model_copy(update={"targets_file": targets_file}),
         }
     )
