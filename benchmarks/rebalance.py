@@ -26,7 +26,7 @@ PROMPTS = Mix("long prompts", 31.0, 1800, 40)
 OUTPUTS = Mix("long answers", 62.0, 150, 250)
 GOALS = SloClass("default", 1.0, 0.045)
 CHUNKS = (512, 1024, 2048)
-WARM_S = 20.0  # not counted: everything starts empty, and roles wait their first dwell
+WARM_S = 60.0  # not counted: everything starts empty, and roles wait their first dwell
 
 
 def roles(prefill: int) -> list[Role]:

@@ -3,7 +3,7 @@
 One round:
   1 workers   who is there, and what each says of itself          -> the routers, when it has changed
   2 picture   what the routers saw of requests and workers
-  3 decide    the rebalancing policy                               -> changes of role, each in the background
+  3 decide    rebalancing -> changes of role, levelling -> moves of requests; each in the background
   4 tidy      switches that ended; workers that have drained and may go
 
 It holds nothing that cannot be asked for again, so it may die and be restarted at any time: requests go on without it.
@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import ray
@@ -22,6 +23,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from cluster.discovery import Targets
+from cluster.policy.levelling import LevellingConfig, level
 from cluster.policy.scaling import Plan, Staff, plan
 from cluster.pools import (
     CONTROLLER,
@@ -34,12 +36,12 @@ from cluster.pools import (
     worker_names,
 )
 from cluster.steering import Steering, describe_decisions
-from cluster.telemetry import merge
+from cluster.telemetry import holders, merge
 from tidemill.core.channels import NodeChannels
 from tidemill.core.metrics import CONTROLLER_SERIES, Metrics
 from tidemill.core.model import Decision, Member, Role
 from tidemill.core.settings import Settings
-from tidemill.core.telemetry import DecisionRecord, RouterTelemetry
+from tidemill.core.telemetry import DecisionRecord, Decoding, RouterTelemetry
 
 log = logging.getLogger(__name__)
 
@@ -115,8 +117,15 @@ class ControllerActor:
         self._list_targets(names)
         self._publish(routers)
         self._settle()
-        if self._settings.controller.rebalance:
-            self._steer(routers)
+        if self._settings.controller.rebalance or self._settings.controller.level:
+            pictures: list[RouterTelemetry] = ray.get(
+                [router.telemetry.remote() for router in routers], timeout=ROUTER_TIMEOUT_S
+            )
+            picture = merge(pictures)
+            if self._settings.controller.rebalance:
+                self._steer(picture, routers)
+            if self._settings.controller.level:
+                self._level(picture, routers)
         for name, report in self._reports.items():
             if report is not None and report.retired:
                 log.info("%s has drained and goes", name)
@@ -135,16 +144,25 @@ class ControllerActor:
             ray.get([router.set_members.remote(members) for router in routers], timeout=ROUTER_TIMEOUT_S)
             self._published = members
 
-    def _steer(self, routers: list[ActorHandle]) -> None:
-        pictures: list[RouterTelemetry] = ray.get(
-            [router.telemetry.remote() for router in routers], timeout=ROUTER_TIMEOUT_S
-        )
-        for change in self._steering.decide(merge(pictures), time.monotonic(), time.time()):
+    def _steer(self, picture: RouterTelemetry, routers: list[ActorHandle]) -> None:
+        for change in self._steering.decide(picture, time.monotonic(), time.time()):
             self._switching[change.worker] = find(change.worker).set_role.remote(str(change.to))
         shown = tuple(self._steering.recent)[-SHOWN_DECISIONS:]
         if shown != self._shown:
             ray.get([router.set_decisions.remote(shown) for router in routers], timeout=ROUTER_TIMEOUT_S)
             self._shown = shown
+
+    def _level(self, picture: RouterTelemetry, routers: list[ActorHandle]) -> None:
+        """The routers move the requests, and say in their metrics what became of it."""
+        held: list[list[Decoding]] = ray.get([router.held.remote() for router in routers], timeout=ROUTER_TIMEOUT_S)
+        decision = level(holders(picture.workers, chain.from_iterable(held)), LevellingConfig())
+        if not decision.choice:
+            return
+        log.info("levelling: %s, %s", decision.reason, ", ".join(map(str, decision.choice)))
+        serves = {each.request_id: router for router, theirs in zip(routers, held, strict=True) for each in theirs}
+        at = {each.worker.name: each.worker for each in picture.workers}
+        for move in decision.choice:
+            serves[move.request_id].level.remote(move.request_id, at[move.destination])
 
     def _settle(self) -> None:
         now = time.monotonic()

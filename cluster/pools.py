@@ -17,10 +17,10 @@ from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tidemill.core.model import Member, Peer, Role
+from tidemill.core.model import Member, Peer, Role, WorkerId
 from tidemill.core.picture import Picture
 from tidemill.core.settings import Settings
-from tidemill.core.telemetry import DecisionRecord, RouterTelemetry
+from tidemill.core.telemetry import DecisionRecord, Decoding, RouterTelemetry
 from tidemill.core.trace import Trace
 
 log = logging.getLogger(__name__)
@@ -100,6 +100,14 @@ class RouterActor:
 
     async def telemetry(self) -> RouterTelemetry:
         return self._server.telemetry()
+
+    async def held(self) -> list[Decoding]:
+        return self._server.held()
+
+    async def level(self, request_id: str, to: WorkerId) -> None:
+        from router.moves import MoveReason  # noqa: PLC0415 - as above
+
+        await self._server.move(request_id, to, MoveReason.LEVEL)
 
     async def set_decisions(self, decisions: Sequence[DecisionRecord]) -> None:
         self._server.set_decisions(decisions)

@@ -18,6 +18,7 @@ from tidemill.core.clock import Clock
 from tidemill.core.metrics import Metrics
 from tidemill.core.model import Peer, Role, WorkerId
 from tidemill.core.settings import Settings
+from tidemill.core.telemetry import Decoding
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ class MoveReason(StrEnum):
     """Why a request is moved; metric label."""
 
     DRAIN = "drain"  # its worker takes no more
+    LEVEL = "level"  # its worker is short of KV blocks, and another is not
     ASKED = "asked"
 
 
@@ -71,6 +73,14 @@ class Moves:
             for request_id, each in self._movable.items()
             if each.attempt.decodes_on is not None and not each.attempt.moving
         }
+
+    def held(self) -> list[Decoding]:
+        """`decoding`, with what each holds."""
+        journeys = {request_id: each.journey for request_id, each in self._movable.items()}
+        return [
+            Decoding(request_id, worker, len(journeys[request_id].request.prompt) + len(journeys[request_id].sent))
+            for request_id, worker in self.decoding().items()
+        ]
 
     async def move(self, request_id: str, to: WorkerId, reason: StrEnum) -> MoveOutcome:
         """Have a request decode on another verify worker. Returns when it does, or when that has come to nothing."""

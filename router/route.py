@@ -48,6 +48,7 @@ from tidemill.core.messages import (
 from tidemill.core.metrics import Metrics
 from tidemill.core.model import Peer, PoolSnapshot, Request, Role, WorkerId, WorkerSnapshot
 from tidemill.core.settings import Settings
+from tidemill.core.telemetry import Decoding
 from tidemill.core.trace import Stage
 from tidemill.errors import InvalidRequest, Overloaded, TidemillError, Unavailable
 
@@ -124,6 +125,10 @@ class Router:
     def decoding(self) -> dict[str, WorkerId]:
         """The requests that could be moved now, and the workers they decode on."""
         return self._moves.decoding()
+
+    def held(self) -> list[Decoding]:
+        """The same, with what each holds."""
+        return self._moves.held()
 
     async def close(self) -> None:
         """End what runs beside the requests."""

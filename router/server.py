@@ -33,7 +33,7 @@ from tidemill.core.metrics import ROUTER_SERIES, Metrics
 from tidemill.core.model import Member, Role, WorkerId
 from tidemill.core.picture import FrontDoor, Picture, picture
 from tidemill.core.settings import Settings
-from tidemill.core.telemetry import DecisionRecord, RouterTelemetry
+from tidemill.core.telemetry import DecisionRecord, Decoding, RouterTelemetry
 from tidemill.core.trace import Trace
 from tidemill.proto.inference_pb2_grpc import add_InferenceServicer_to_server
 
@@ -184,6 +184,10 @@ class RouterServer:
     def decoding(self) -> dict[str, WorkerId]:
         """The requests that could be moved now, and the verify workers they decode on."""
         return self._router.decoding()
+
+    def held(self) -> list[Decoding]:
+        """The same, with what each holds."""
+        return self._router.held()
 
     async def move(self, request_id: str, to: WorkerId, reason: StrEnum = MoveReason.ASKED) -> MoveOutcome:
         """Have a request decode on another verify worker; returns when it does, or when that has come to nothing."""

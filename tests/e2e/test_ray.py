@@ -141,28 +141,6 @@ def test_a_role_changes_and_changes_back(up: Operator) -> None:
     assert "there is no worker 'verify-9'" in up.run("role", "verify-9", "draft", "--name", "test").stderr
 
 
-def test_workers_come_and_go_while_requests_run(up: Operator) -> None:
-    """A stream that runs through both is not disturbed, though its worker may be the one that leaves."""
-    before = {worker["worker"] for worker in up.status()["workers"]}
-    params = SamplingParams(max_tokens=600, seed=1, temperature=0.8, ignore_eos=True)
-    with Client(f"127.0.0.1:{up.port}") as client, ThreadPoolExecutor(4) as threads:
-        streams = [threads.submit(client.generate, "def f(x):", params) for _ in range(4)]
-        done = up.run("scale", "verify=3", "draft=0", "--name", "test")
-        assert done.returncode == 0, done.stderr
-        assert "verify-2 serves as a verify worker" in done.stderr
-        assert "draft-0 has drained and is gone" in done.stderr
-        answers = {stream.result().tokens for stream in streams}
-    assert len(answers) == 1, "the same request has the same tokens, wherever it ran"
-    done = up.run("scale", "verify=2", "draft=1", "--name", "test")
-    assert done.returncode == 0, done.stderr
-    status = up.status()
-    assert sorted(worker["role"] for worker in status["workers"]) == ["draft", "prefill", "verify", "verify"]
-    assert len(before - {worker["worker"] for worker in status["workers"]}) >= 1
-    assert status["controller"]["rebalance"] is True
-    assert "no verify worker would be left" in up.run("scale", "verify=0", "--name", "test").stderr
-    assert "is not ROLE=COUNT" in up.run("scale", "verify:3", "--name", "test").stderr
-
-
 def test_a_verify_actor_killed_mid_stream_costs_no_token_and_comes_back(up: Operator, prompts: list[str]) -> None:
     tokenizer = load_tokenizer(ROOT / "models" / "target")
     ids = [tuple(tokenizer.encode(prompt).ids) for prompt in prompts[:6]]
@@ -192,6 +170,28 @@ def test_a_verify_actor_killed_mid_stream_costs_no_token_and_comes_back(up: Oper
         if list(workers.values()) == ["serving"] * 2 and victim["worker"] not in workers:
             return
     pytest.fail(f"the killed worker did not come back: {workers}")
+
+
+def test_workers_come_and_go_while_requests_run(up: Operator) -> None:
+    """A stream that runs through both is not disturbed, though its worker may be the one that leaves."""
+    before = {worker["worker"] for worker in up.status()["workers"]}
+    params = SamplingParams(max_tokens=600, seed=1, temperature=0.8, ignore_eos=True)
+    with Client(f"127.0.0.1:{up.port}") as client, ThreadPoolExecutor(4) as threads:
+        streams = [threads.submit(client.generate, "def f(x):", params) for _ in range(4)]
+        done = up.run("scale", "verify=3", "draft=0", "--name", "test")
+        assert done.returncode == 0, done.stderr
+        assert "verify-2 serves as a verify worker" in done.stderr
+        assert "draft-0 has drained and is gone" in done.stderr
+        answers = {stream.result().tokens for stream in streams}
+    assert len(answers) == 1, "the same request has the same tokens, wherever it ran"
+    done = up.run("scale", "verify=2", "draft=1", "--name", "test")
+    assert done.returncode == 0, done.stderr
+    status = up.status()
+    assert sorted(worker["role"] for worker in status["workers"]) == ["draft", "prefill", "verify", "verify"]
+    assert len(before - {worker["worker"] for worker in status["workers"]}) >= 1
+    assert status["controller"]["decisions"], "the policy looks on"
+    assert "no verify worker would be left" in up.run("scale", "verify=0", "--name", "test").stderr
+    assert "is not ROLE=COUNT" in up.run("scale", "verify:3", "--name", "test").stderr
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from tidemill.core.telemetry import Progress, RouterTelemetry, Steps, Sums, Traf
 WINDOWS_S = (1.0, 3.0, 10.0, 30.0, 90.0)
 TICK_S = 0.5
 BLOCK, BLOCKS = 16, 4000
+MOST_RUNNING, MOST_WAITING = 256, 512  # on each verify worker; in the routers, which turn others away
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ class FluidCluster:
         self.now += TICK_S
         prefill, verify = self.count(Role.PREFILL), max(self.count(Role.VERIFY), 1)
         came = load.rate * load.prompt * TICK_S
-        done = min(self.backlog + came, prefill * self.speed.prompt_tokens_per_s * TICK_S)
-        self.backlog += came - done
+        room = max(MOST_RUNNING * verify - self.running, 0.0) * load.prompt
+        done = min(self.backlog + came, prefill * self.speed.prompt_tokens_per_s * TICK_S, room)
+        self.backlog = min(self.backlog + came - done, MOST_WAITING * load.prompt)
         held = self.running * self.context
         step_s = self.speed.step_s + (self.speed.request_s * self.running + self.speed.held_token_s * held) / verify
         begun = done / load.prompt

@@ -28,6 +28,7 @@ class Operator:
             "draft": {"path": str(ROOT / "models" / "draft")},
             "engine": {"dtype": "float32"},
             "router": {"port": self.port},
+            "controller": {"sustain_s": 3600},  # decides, but here roles change on command only
         }
         self.config.write_text(json.dumps(document | changes))  # JSON is YAML
 

@@ -291,6 +291,8 @@ class ControllerSettings(Section):
 
     rebalance: bool = True
     """Off: roles change by `tidemill role` only."""
+    level: bool = True
+    """Decoding requests move from verify workers that are short of KV blocks to others that are not."""
     period_s: Seconds = 0.5
     """Between two looks at the workers and routers."""
     windows_s: tuple[Seconds, ...] = (1.0, 3.0, 10.0, 30.0, 90.0)

@@ -180,6 +180,15 @@ class WorkerTelemetry:
 
 
 @dataclass(frozen=True, slots=True)
+class Decoding:
+    """A request that could be moved to another verify worker now."""
+
+    request_id: str
+    worker: WorkerId
+    tokens: int  # prompt and output so far
+
+
+@dataclass(frozen=True, slots=True)
 class RouterTelemetry:
     """One router's picture, or several merged. Windows are from the shortest to the longest."""
 

@@ -1,0 +1,97 @@
+"""The controller without Ray: what it records and counts, how switches end, and who is a member."""
+
+import pytest
+
+from cluster.controller import SILENT_ROUNDS, Membership
+from cluster.policy.rebalance import RebalanceReason
+from cluster.pools import WorkerReport
+from cluster.steering import KEPT_DECISIONS, Steering, describe_decisions
+from tests.support.fluid import Load, cluster_of
+from tests.support.scripted_worker import router_settings
+from tidemill.core import metrics
+from tidemill.core.metrics import CONTROLLER_SERIES, Metrics
+from tidemill.core.model import Member, Peer, Role, WorkerId
+from tidemill.core.settings import ControllerSettings, RoleBounds
+from tidemill.core.telemetry import RouterTelemetry
+
+PROMPTS = Load(30, 1800, 40)
+
+
+def steering(**changes: object) -> tuple[Steering, Metrics]:
+    counters = Metrics(CONTROLLER_SERIES)
+    controller = ControllerSettings.model_validate(changes)
+    return Steering(router_settings().model_copy(update={"controller": controller}), counters), counters
+
+
+def test_a_decision_is_recorded_counted_and_under_way_until_it_ends() -> None:
+    steers, counters = steering()
+    cluster = cluster_of(4, 0, 8)
+    begun: tuple[object, ...] = ()
+    while not begun:
+        cluster.advance(PROMPTS)
+        begun = steers.decide(cluster.picture(), cluster.now, 1000.0 + cluster.now)
+        assert cluster.now < 30
+    assert set(steers.under_way) == {change.worker for change in begun}  # type: ignore[attr-defined]
+    newest = describe_decisions(steers.recent)[0]
+    assert newest["reason"] == RebalanceReason.PREFILL_SHORT
+    assert newest["changes"][0].endswith("verify -> prefill")
+    assert newest["loads"]["prefill"] > 1
+    assert counters.value(metrics.CONTROLLER_DECISIONS, reason=RebalanceReason.PREFILL_SHORT) == 1
+    assert counters.value(metrics.WORKERS, role=Role.VERIFY) == 8
+    first, second, *_ = sorted(steers.under_way)
+    steers.ended(first, None, cluster.now + 0.5)
+    steers.ended(second, "its engine cannot prefill", cluster.now + 0.5)
+    assert counters.value(metrics.ROLE_SWITCHES, role=Role.PREFILL, result="done") == 1
+    assert counters.value(metrics.ROLE_SWITCHES, role=Role.PREFILL, result="failed") == 1
+    assert counters.value(metrics.ROLE_SWITCH_TIME, role=Role.PREFILL) == 1
+
+
+def test_workers_on_their_way_count_for_their_new_role_and_are_left_alone() -> None:
+    steers, _ = steering(cooldown_s=0.0)
+    cluster = cluster_of(4, 0, 8)
+    begun: list[str] = []
+    for _ in range(60):
+        cluster.advance(PROMPTS)
+        begun += [change.worker for change in steers.decide(cluster.picture(), cluster.now, 0.0)]
+    assert len(begun) == len(set(begun)), "a worker is asked once"
+    assert 1 <= len(begun) <= 5, "those under way are not replaced by others"
+    late = cluster.now + ControllerSettings().switch_timeout_s + 1
+    assert set(steers.overdue(late)) == set(begun)
+
+
+def test_memory_is_bounded_and_a_new_reason_is_kept() -> None:
+    steers, _ = steering()
+    cluster = cluster_of(1, 0, 1)
+    for turn in range(3 * KEPT_DECISIONS):
+        cluster.advance(Load(1, 100, 10))
+        steers.decide(cluster.picture() if turn % 2 else RouterTelemetry(), cluster.now, 0.0)
+    assert len(steers.recent) == KEPT_DECISIONS
+    assert {each.reason for each in steers.recent} == {RebalanceReason.TOO_EARLY, RebalanceReason.WITHIN_GOALS}
+
+
+def test_settings_are_the_policys() -> None:
+    steers, _ = steering(prefill=RoleBounds(least=1, most=1))
+    cluster = cluster_of(1, 0, 5)
+    for _ in range(80):
+        cluster.advance(PROMPTS)
+        assert not steers.decide(cluster.picture(), cluster.now, 0.0), "prefill.most is 1"
+    with pytest.raises(ValueError, match=r"verify\.least must be at least 1"):
+        ControllerSettings(verify=RoleBounds(least=0))
+    with pytest.raises(ValueError, match="the shortest first"):
+        ControllerSettings(windows_s=(3.0, 1.0))
+
+
+def report(name: str, epoch: int, role: Role = Role.VERIFY) -> WorkerReport:
+    return WorkerReport(Peer(WorkerId(name, epoch), f"{name}:{epoch}"), role, 1, "", 0, False, False)
+
+
+def test_members_are_those_that_answer_or_were_silent_for_a_moment_only() -> None:
+    membership = Membership()
+    one, two = report("a", 1), report("b", 1)
+    assert membership.update({"a": one, "b": two}) == (Member(one.peer, one.role), Member(two.peer, two.role))
+    for _ in range(SILENT_ROUNDS - 1):
+        assert len(membership.update({"a": one, "b": None})) == 2
+    assert membership.update({"a": one, "b": None}) == (Member(one.peer, one.role),)
+    again = report("b", 2, Role.PREFILL)
+    assert Member(again.peer, Role.PREFILL) in membership.update({"a": one, "b": again})
+    assert membership.update({"a": one}) == (Member(one.peer, one.role),), "one that was ended is gone at once"
