@@ -5,7 +5,7 @@ import contextlib
 
 
 class DelayedLink:
-    """Forwards connections to `target` (host:port); bytes take `delay_s` longer each way. It may be raised meanwhile."""
+    """Forwards connections to `target` (host:port); bytes take `delay_s` longer each way. It may be raised."""
 
     def __init__(self, target: str, delay_s: float) -> None:
         self._host, _, port = target.rpartition(":")
