@@ -43,8 +43,10 @@ def test_every_request_ends_once() -> None:
 def test_live_roles_serve_both_halves_of_a_square_wave() -> None:
     assert live().attainment(OUTPUTS.name) >= 0.95
     assert live().attainment(PROMPTS.name) >= 0.7, "with the seconds in which roles change"
-    assert live().attainment(PROMPTS.name, since_s=PHASE_S + 15.0) >= 0.95
-    assert live().attainment() >= simulate(6, wave()).attainment() + 0.25
+    assert live().attainment(PROMPTS.name, since_s=PHASE_S + 15.0) >= 0.9
+    static = simulate(6, wave())  # the best of them here
+    assert live().attainment() >= static.attainment() + 0.15
+    assert live().attainment(PROMPTS.name) >= static.attainment(PROMPTS.name) + 0.5
     assert 1 <= len(live().changes) <= 4, "as many as it takes"
 
 

@@ -211,6 +211,43 @@ class TestRoleSwitch:
         assert wish.next_move(2.0, idle=True) is Move.ABANDON
 
 
+class TestRetirement:
+    def test_what_runs_is_finished_and_nothing_new_is_taken(self) -> None:
+        bench = Bench(Role.VERIFY)
+        request = request_of("a", max_tokens=6)
+        bench.send(Submit(request))
+        bench.turn()
+        leave = RoleSwitch(None, 60.0)
+        bench.mailbox.deliver(lambda: bench.loop.begin_switch(leave))
+        bench.turn()
+        assert not leave.done.done()
+        bench.send(Submit(request_of("late")))
+        while not leave.done.done():
+            bench.turn()
+        assert bench.tokens("a") == plain(request)
+        assert bench.events("late") == [Refused("late", Refusal.DRAINING)]
+        assert bench.loop.standing.accepting is False
+        bench.assert_empty()
+        again = switch(bench, Role.PREFILL)
+        bench.turn()
+        with pytest.raises(RuntimeError, match="or stopping"):
+            again.done.result(0)
+
+    def test_what_has_not_ended_in_time_goes_elsewhere(self) -> None:
+        bench = Bench(Role.VERIFY)
+        bench.send(Submit(request_of("a", max_tokens=400)))
+        bench.turn()
+        leave = RoleSwitch(None, 1.0)
+        bench.mailbox.deliver(lambda: bench.loop.begin_switch(leave))
+        bench.turn()
+        bench.turn(advance_s=1.1)
+        assert leave.done.result(0) is None
+        last = bench.last("a")
+        assert isinstance(last, Failed)
+        assert last.failure is Failure.STOPPING
+        bench.assert_empty()
+
+
 class TestEnd:
     def test_everything_is_given_up_and_said(self) -> None:
         bench = Bench(Role.VERIFY)
