@@ -127,8 +127,8 @@ class RemoteDrafter:
     def next_answer(self, now: float) -> NextAnswer | None:
         """None if there is none to wait for."""
         self._note_deadlines(now)
-        newest = self._calls[-1] if self._calls else None
-        if newest is None or not newest.asks or newest.missed or self._misses >= PATIENCE:
+        newest = next((call for call in reversed(self._calls) if call.asks), None)
+        if newest is None or newest.missed or self._misses >= PATIENCE:
             return None
         usual_s = self._wait_s if self.round_trip_s is None else min(self.round_trip_s, self._wait_s)
         return NextAnswer(newest.sent_at + usual_s, newest.sent_at + self._wait_s)

@@ -89,6 +89,12 @@ class TestRemoteDrafter:
             assert results == [RoundResult.ANSWERED]
         assert remote.round_trip_s == pytest.approx(0.4)
 
+    def test_a_request_that_comes_after_an_ask_does_not_hide_it(self, remote: RemoteDrafter) -> None:
+        self.ask(remote, list(request_of().prompt))
+        remote.open(request_of("b"))
+        assert remote.next_call((), 0.1) is not None
+        assert deadline(remote, 0.2) == 1.0
+
     def test_asks_do_not_wait_for_each_other(self, remote: RemoteDrafter) -> None:
         """A round trip may take longer than a step."""
         calls = [self.ask(remote, [0] * (21 + n), now=0.1 * n) for n in range(3)]
