@@ -5,9 +5,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
+DEPLOY_TOOLS := prometheus chromium chromium-driver fonts-dejavu-core openssh-server openssh-client iproute2 rsync openssl git
 PROTOS := tidemill/proto/inference.proto tidemill/core/control.proto
 
-.PHONY: help env demo test test-vllm lint types unit e2e identity docs bench protos clean
+.PHONY: help env demo test test-vllm test-deploy lint types unit e2e identity switches docs bench protos clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
@@ -47,15 +48,26 @@ e2e: env
 	$(BIN)/python -m pytest tests/e2e
 
 test: lint types env
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --ignore=tests/deploy
+
+# make test-deploy: what operators use, for real: Prometheus, a browser, and `ray up` on three hosts. Needs Debian and root.
+test-deploy: env
+	@missing=$$(for each in $(DEPLOY_TOOLS); do dpkg -s $$each >/dev/null 2>&1 || echo $$each; done); \
+	  test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing; }
+	$(BIN)/python -m pytest tests/deploy
 
 # make identity: the same tokens through every way, for all held-out prompts.
 identity: env
 	$(BIN)/python -m pytest tests/e2e/test_identity.py tests/e2e/test_drafts.py --all-prompts --timeout 1200
 
-# make docs: the pages that are made from declarations.
+# make switches: 60 changes of role in a row under streaming load.
+switches: env
+	$(BIN)/python -m pytest tests/e2e/test_moves.py -k changes_of_role --all-switches --timeout 1200
+
+# make docs: the pages, dashboards and rules that are made from declarations.
 docs: env
 	$(BIN)/python docs/build.py
+	$(BIN)/python -m dashboards.build
 
 # make bench: the measurements of the README, against vLLM on the same core (makes a second environment for it).
 bench: env $(VLLM)/.installed
@@ -63,7 +75,11 @@ bench: env $(VLLM)/.installed
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.kv_link
+	$(BIN)/python -m benchmarks.migration
+	$(BIN)/python -m benchmarks.scraping
 	$(BIN)/python -m benchmarks.rebalance
+	$(BIN)/python -m benchmarks.speculation
+	$(BIN)/python -m benchmarks.slo
 	$(BIN)/python -m benchmarks.router_throughput --ray-serve
 
 $(VLLM)/.installed: requirements/vllm.txt pyproject.toml

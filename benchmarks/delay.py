@@ -5,13 +5,14 @@ import contextlib
 
 
 class DelayedLink:
-    """Forwards connections to `target` (host:port); bytes take `delay_s` longer each way."""
+    """Forwards connections to `target` (host:port); bytes take `delay_s` longer each way. It may be raised."""
 
     def __init__(self, target: str, delay_s: float) -> None:
         self._host, _, port = target.rpartition(":")
         self._port = int(port)
-        self._delay_s = delay_s
+        self.delay_s = delay_s
         self._tasks: set[asyncio.Task[None]] = set()
+        self._writers: list[asyncio.StreamWriter] = []
 
     @property
     def address(self) -> str:
@@ -23,12 +24,16 @@ class DelayedLink:
         return self
 
     async def stop(self) -> None:
+        """Cut all connections; nobody can connect again."""
         self._server.close()
         for task in self._tasks:
             task.cancel()
+        for writer in self._writers:
+            writer.transport.abort()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection(self._host, self._port)
+        self._writers += [writer, back]
         for source, sink in ((reader, back), (there, writer)):
             task = asyncio.create_task(self._carry(source, sink))
             self._tasks.add(task)
@@ -38,5 +43,5 @@ class DelayedLink:
         loop = asyncio.get_running_loop()
         with contextlib.suppress(ConnectionError):
             while data := await source.read(65536):
-                loop.call_later(self._delay_s, sink.write, data)
-        loop.call_later(self._delay_s, sink.close)
+                loop.call_later(self.delay_s, sink.write, data)
+        loop.call_later(self.delay_s, sink.close)

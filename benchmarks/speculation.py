@@ -7,6 +7,7 @@ batch1   one request at a time, greedy and at temperature 1: none, a fixed chain
          the box (adaptive, ahead of the verdict)
 delay    the same, greedy, with 0, 1, 5 and 20 ms more each way between the workers: out of the box, and synchronous
 batch8   eight at a time: none, the fixed chain, out of the box
+lost     two at a time with a draft worker that was killed, stopped or is half a second away: none, out of the box
 vllm     vLLM with its own `draft_model` speculation on the same pair and cores (needs .venv-vllm, see `make bench`)
 
 The target is *padded*: the bundled one with feed-forward channels that are computed and add zeros, so that it says what
@@ -20,6 +21,7 @@ import asyncio
 import csv
 import json
 import os
+import signal
 import statistics
 import subprocess
 from dataclasses import dataclass, replace
@@ -55,6 +57,7 @@ class Part:
 
 def parts_of(target: Path, requests: int) -> list[Part]:
     work = Work(target, requests)
+    lost = replace(work, requests=2 * requests, at_once=2)
     return [
         Part("batch1, greedy", (NONE, CHAIN, OURS), work),
         Part("batch1, T = 1", (NONE, CHAIN, OURS), replace(work, temperature=1.0)),
@@ -63,6 +66,9 @@ def parts_of(target: Path, requests: int) -> list[Part]:
             for delay in (0, 1, 5, 20)
         ),
         Part("batch8, greedy", (NONE, CHAIN, OURS), replace(work, requests=4 * requests, at_once=8)),
+        Part("lost: killed", (NONE, OURS), replace(lost, strike=signal.SIGKILL)),
+        Part("lost: stopped", (NONE, OURS), replace(lost, strike=signal.SIGSTOP)),
+        Part("lost: 500 ms away", (NONE, OURS), replace(lost, delay_s=0.5)),
     ]
 
 

@@ -6,9 +6,10 @@ The link between the two workers can be made to take longer. Each cluster serves
 import asyncio
 import json
 import os
+import signal
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.delay import DelayedLink
@@ -33,6 +34,7 @@ class Work:
     temperature: float = 0.0
     at_once: int = 1
     delay_s: float = 0.0
+    strike: signal.Signals | None = None  # what the draft worker gets once it has drafted for the warm-up
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,9 @@ async def measure(work: Work, speculation: SpeculationSettings) -> Measured:
         await router.set_members(members)
         await asyncio.sleep(SETTLED_S)
         async with AsyncClient(address) as client:
+            await _serve(client, replace(work, requests=1))  # warm-up
+            if work.strike is not None:
+                draft.signal(work.strike)
             return await _serve(client, work)
     finally:
         if link is not None:
@@ -104,7 +109,6 @@ async def _serve(client: AsyncClient, work: Work) -> Measured:
         return tpot_s, tokens, spent.accepted_tokens, spent.drafted_tokens, spent.verify_steps
 
     texts = prompts(work.requests)
-    await one(0, texts[0])  # warm-up
     started = time.perf_counter()
     served = await asyncio.gather(*(one(number, text) for number, text in enumerate(texts)))
     wall_s = time.perf_counter() - started

@@ -177,9 +177,7 @@ def drafts(args: argparse.Namespace) -> None:
         print(
             f"padded target of {parameters / 1e6:.0f}M parameters, drafts of {args.depth}, {args.threads} threads alone"
         )
-        speculation = SpeculationSettings(
-            strategy="chain", max_depth=args.depth, max_nodes=args.depth, width=1, max_batch=args.max_batch
-        )
+        speculation = SpeculationSettings(strategy="chain", max_depth=args.depth, max_nodes=args.depth, width=1)
         settings = settings_of(target, PoolSettings(prefill=0, draft=1, verify=1), speculation, args.our_threads)
         peer = Alone(target, args.threads)
         with cluster(settings) as ours:
@@ -211,7 +209,6 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--channels", type=int, default=16384, help="feed-forward channels of the padded target")
     parser.add_argument("--depth", type=int, default=4, help="tokens of a draft")
-    parser.add_argument("--max-batch", type=int, default=4, help="larger batches get no drafts")
     parser.add_argument("--threads", type=int, default=1, help="of vLLM alone")
     parser.add_argument("--our-threads", type=int, default=1, help="of each of our engines")
     args = parser.parse_args()

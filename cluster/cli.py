@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,7 +31,7 @@ err = Console(stderr=True)
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Settings file (YAML).")]
 NameOption = Annotated[str, typer.Option("--name", help="Cluster, as named in its settings.")]
 AddressOption = Annotated[str, typer.Option(help="Router, host:port.")]
-SHOWN_DECISIONS = 5
+SHOWN_DECISIONS, SHOWN_TRACES = 5, 20
 DEFAULT_NAME, DEFAULT_ADDRESS = "local", "127.0.0.1:7071"
 
 
@@ -92,7 +93,8 @@ def status(
     with _told_plainly():
         from cluster import launch  # noqa: PLC0415
 
-        described = launch.status(_state(name))
+        with contextlib.redirect_stdout(sys.stderr):  # Ray prints what it hears of nodes; scripts read JSON here
+            described = launch.status(_state(name))
     if as_json:
         out.print_json(json.dumps(described))
         return
@@ -114,8 +116,60 @@ def status(
     for each in [decision for decision in controller["decisions"] if decision["changes"]][:SHOWN_DECISIONS]:
         when = datetime.fromtimestamp(each["at"]).strftime("%H:%M:%S")
         out.print(f"  {when} {each['reason']}: {', '.join(each['changes'])}", highlight=False)
+    if described["page_address"]:
+        out.print(f"status page {described['page_address']}", highlight=False)
     if described["logs"]:
         out.print(f"logs: {described['logs']}", highlight=False)
+
+
+@app.command()
+def top(
+    name: NameOption = DEFAULT_NAME,
+    once: Annotated[bool, typer.Option("--once", help="Print one picture and end.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --once: for scripts.")] = False,
+) -> None:
+    """Watch pools, roles, goals and decisions live; q ends it."""
+    if as_json and not once:
+        raise typer.BadParameter("--json needs --once")
+    with _told_plainly():
+        from cluster import launch  # noqa: PLC0415
+        from cluster.view.picture import draw_picture  # noqa: PLC0415
+        from cluster.view.top import live  # noqa: PLC0415
+
+        if not once:
+            with launch.asking_router(_state(name)) as ask:
+                live(out, lambda: ask("picture"))
+            return
+        with contextlib.redirect_stdout(sys.stderr), launch.asking_router(_state(name)) as ask:
+            picture = ask("picture")
+    if as_json:
+        out.print_json(json.dumps(asdict(picture)))
+    else:
+        out.print(draw_picture(picture))
+
+
+@app.command()
+def trace(
+    request: Annotated[str | None, typer.Argument(help="Its id, as its summary says; none: list the latest.")] = None,
+    name: NameOption = DEFAULT_NAME,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Show where the time of one of the latest requests went."""
+    with _told_plainly():
+        from cluster import launch  # noqa: PLC0415
+        from cluster.view.trace import draw_list, draw_trace  # noqa: PLC0415
+
+        with contextlib.redirect_stdout(sys.stderr), launch.asking_router(_state(name)) as ask:
+            found = ask("trace", request) if request else ask("latest_traces")[:SHOWN_TRACES]
+        if found is None:
+            raise launch.LaunchError(
+                f"the router does not remember a request {request!r}; it keeps the latest that ended, "
+                "see `tidemill trace`"
+            )
+    if as_json:
+        out.print_json(json.dumps(asdict(found) if request else [asdict(each) for each in found]))
+    else:
+        out.print(draw_trace(found) if request else draw_list(found))
 
 
 @app.command()
@@ -198,7 +252,8 @@ def generate(
 def _print_stats(summary: Any) -> None:
     timing, route = summary.timing, summary.route
     err.print(
-        f"\n\n{summary.output_tokens} tokens, TTFT {timing.ttft_s * 1e3:.1f} ms, TPOT {timing.tpot_s * 1e3:.2f} ms, "
+        f"\n\nrequest {summary.request_id}\n"
+        f"{summary.output_tokens} tokens, TTFT {timing.ttft_s * 1e3:.1f} ms, TPOT {timing.tpot_s * 1e3:.2f} ms, "
         f"{summary.speculation.accepted_per_verify:.2f} accepted per verify, "
         f"prefill {route.prefill_worker or 'in place'}, verify {route.verify_worker}, "
         f"draft {route.draft_worker or 'none'}",

@@ -3,7 +3,7 @@
 One round:
   1 workers   who is there, and what each says of itself          -> the routers, when it has changed
   2 picture   what the routers saw of requests and workers
-  3 decide    the rebalancing policy                               -> changes of role, each in the background
+  3 decide    rebalancing -> changes of role, levelling -> moves of requests; each in the background
   4 tidy      switches that ended; workers that have drained and may go
 
 It holds nothing that cannot be asked for again, so it may die and be restarted at any time: requests go on without it.
@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import ray
@@ -21,19 +22,33 @@ from prometheus_client import start_http_server
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
+from cluster.discovery import Targets
+from cluster.policy.levelling import LevellingConfig, level
 from cluster.policy.scaling import Plan, Staff, plan
-from cluster.pools import CONTROLLER, Pools, WorkerReport, describe_workers, find, router_names, worker_names
+from cluster.pools import (
+    CONTROLLER,
+    Pools,
+    WorkerReport,
+    describe_workers,
+    find,
+    here,
+    router_names,
+    worker_names,
+)
 from cluster.steering import Steering, describe_decisions
-from cluster.telemetry import merge
+from cluster.telemetry import holders, merge
+from tidemill.core.channels import NodeChannels
 from tidemill.core.metrics import CONTROLLER_SERIES, Metrics
 from tidemill.core.model import Decision, Member, Role
 from tidemill.core.settings import Settings
-from tidemill.core.telemetry import RouterTelemetry
+from tidemill.core.telemetry import DecisionRecord, Decoding, RouterTelemetry
 
 log = logging.getLogger(__name__)
 
+ROUND_TIMEOUT_S = 5.0
 SILENT_ROUNDS = 6  # a worker that says nothing for so many rounds is no member until it speaks again
 ROUTER_TIMEOUT_S = 2.0
+SHOWN_DECISIONS = 12  # on the status page and in `tidemill top`
 
 
 class Membership:
@@ -68,36 +83,59 @@ class ControllerActor:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         self._settings = settings
         self._membership = Membership()
+        self._targets = Targets(settings)
+        self._heads: dict[str, str] = {}  # routers and controller, and where their metrics are
         self._published: tuple[Member, ...] = ()
+        self._shown: tuple[DecisionRecord, ...] = ()
         self._reports: dict[str, WorkerReport | None] = {}
         self._metrics = Metrics(CONTROLLER_SERIES)
         self._steering = Steering(settings, self._metrics)
         self._switching: dict[str, Any] = {}  # worker -> its answer, to come
-        server, _ = start_http_server(settings.metrics.controller_port, settings.metrics.host, self._metrics.registry)
+        where = settings.metrics
+        server, _ = start_http_server(
+            where.controller_port, where.host, self._metrics.registry, **NodeChannels(settings.network.tls).metrics_tls
+        )
         self._metrics_address = f"{settings.metrics.host}:{server.server_port}"
-        threading.Thread(target=self._run, name="controller", daemon=True).start()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
+        self._thread.start()
 
     def _run(self) -> None:
-        while True:
+        while not self._stopping.is_set():
             try:
                 self._round()
             except (RayError, ValueError) as error:
                 log.warning("a round was cut short: %s", error)
             except Exception:
                 log.exception("a round failed")
-            time.sleep(self._settings.controller.period_s)
+            self._stopping.wait(self._settings.controller.period_s)
 
     def _round(self) -> None:
         self._reports = describe_workers(worker_names())
-        routers = [find(name) for name in router_names()]
+        names = router_names()
+        routers = [find(name) for name in names]
+        self._list_targets(names)
         self._publish(routers)
         self._settle()
-        if self._settings.controller.rebalance:
-            self._steer(routers)
+        if self._settings.controller.rebalance or self._settings.controller.level:
+            pictures: list[RouterTelemetry] = ray.get(
+                [router.telemetry.remote() for router in routers], timeout=ROUTER_TIMEOUT_S
+            )
+            picture = merge(pictures)
+            if self._settings.controller.rebalance:
+                self._steer(picture, routers)
+            if self._settings.controller.level:
+                self._level(picture, routers)
         for name, report in self._reports.items():
             if report is not None and report.retired:
                 log.info("%s has drained and goes", name)
                 _end(name)
+
+    def _list_targets(self, routers: list[str]) -> None:
+        """For Prometheus. A router is asked once where its metrics are."""
+        known = {name: self._heads.get(name) or _metrics_of(name) for name in routers}
+        self._heads = known | {CONTROLLER: self._metrics_address}
+        self._targets.refresh(self._heads, self._reports)
 
     def _publish(self, routers: list[ActorHandle]) -> None:
         members = self._membership.update(self._reports)
@@ -106,20 +144,30 @@ class ControllerActor:
             ray.get([router.set_members.remote(members) for router in routers], timeout=ROUTER_TIMEOUT_S)
             self._published = members
 
-    def _steer(self, routers: list[ActorHandle]) -> None:
-        pictures: list[RouterTelemetry] = ray.get(
-            [router.telemetry.remote() for router in routers], timeout=ROUTER_TIMEOUT_S
-        )
-        for change in self._steering.decide(merge(pictures), time.monotonic(), time.time()):
+    def _steer(self, picture: RouterTelemetry, routers: list[ActorHandle]) -> None:
+        for change in self._steering.decide(picture, time.monotonic(), time.time()):
             self._switching[change.worker] = find(change.worker).set_role.remote(str(change.to))
+        shown = tuple(self._steering.recent)[-SHOWN_DECISIONS:]
+        if shown != self._shown:
+            ray.get([router.set_decisions.remote(shown) for router in routers], timeout=ROUTER_TIMEOUT_S)
+            self._shown = shown
+
+    def _level(self, picture: RouterTelemetry, routers: list[ActorHandle]) -> None:
+        """The routers move the requests, and say in their metrics what became of it."""
+        held: list[list[Decoding]] = ray.get([router.held.remote() for router in routers], timeout=ROUTER_TIMEOUT_S)
+        decision = level(holders(picture.workers, chain.from_iterable(held)), LevellingConfig())
+        if not decision.choice:
+            return
+        log.info("levelling: %s, %s", decision.reason, ", ".join(map(str, decision.choice)))
+        serves = {each.request_id: router for router, theirs in zip(routers, held, strict=True) for each in theirs}
+        at = {each.worker.name: each.worker for each in picture.workers}
+        for move in decision.choice:
+            serves[move.request_id].level.remote(move.request_id, at[move.destination])
 
     def _settle(self) -> None:
         now = time.monotonic()
-        done, _ = (
-            ray.wait(list(self._switching.values()), num_returns=len(self._switching), timeout=0)
-            if (self._switching)
-            else ([], [])
-        )
+        answers = list(self._switching.values())
+        done, _ = ray.wait(answers, num_returns=len(answers), timeout=0) if answers else ([], [])
         for worker, reference in list(self._switching.items()):
             if reference in done:
                 del self._switching[worker]
@@ -129,6 +177,12 @@ class ControllerActor:
             self._steering.ended(worker, "it took too long", now)
 
     # --- asked from outside -------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """What others are told of the cluster ends with it."""
+        self._stopping.set()
+        self._thread.join(ROUND_TIMEOUT_S)
+        self._targets.remove()
 
     def reports(self) -> dict[str, WorkerReport | None]:
         """Of the last round."""
@@ -163,6 +217,11 @@ class ControllerActor:
         return decision
 
 
+def _metrics_of(router: str) -> str:
+    described: dict[str, Any] = ray.get(find(router).describe.remote(), timeout=ROUTER_TIMEOUT_S)
+    return str(described["metrics_address"])
+
+
 def _error_of(reference: Any) -> str | None:
     try:
         ray.get(reference)
@@ -180,5 +239,6 @@ def _end(name: str) -> None:
 def start_controller(settings: Settings) -> None:
     """Make the controller's actor; Ray restarts it with the same arguments if it dies."""
     actor = ray.remote(ControllerActor)
-    options = {"name": CONTROLLER, "lifetime": "detached", "num_cpus": 0, "max_restarts": -1, "max_concurrency": 8}
-    actor.options(**options).remote(settings)
+    actor.options(
+        name=CONTROLLER, lifetime="detached", num_cpus=0, max_restarts=-1, max_concurrency=8, scheduling_strategy=here()
+    ).remote(settings)

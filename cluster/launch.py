@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,9 @@ from cluster.pools import CONTROLLER, ROUTER, Pools, find, router_names, worker_
 from tidemill.core.model import Decision, Role
 from tidemill.core.settings import Settings
 
-READY_TIMEOUT_S = 120.0
+SWITCH_TIMEOUT_S = 120.0
+NODES_PERIOD_S = 2.0
+STOP_TIMEOUT_S = 30.0  # a drain, and what comes after it
 Say = Callable[[str], None]
 
 
@@ -98,7 +100,9 @@ def up(settings: Settings, say: Say) -> ClusterState:
     Raises LaunchError, and whatever the settings' models make the workers raise.
     """
     running = read_state(settings.name)
-    if running is not None:
+    if running is not None and not _is_up(running):
+        _forget(running)
+    elif running is not None:
         raise LaunchError(
             f"cluster {settings.name!r} is up already, at {running.router_address}; "
             "use it, end it with `tidemill down`, or give this one another `name`"
@@ -108,23 +112,55 @@ def up(settings: Settings, say: Say) -> ClusterState:
     _write_state(state)
     try:
         connect(state)
+        _wait_for_nodes(settings, say)
         say("starting the router and the workers")
         pools = Pools(settings)
         workers = pools.first_workers()
         router = pools.start_router()
         handles = {name: pools.start_worker(name, role) for name, role in workers}
-        address: str = _wait_for(router.start.remote(), "the router")
+        ready_s = settings.ray.ready_s
+        address: str = _wait_for(router.start.remote(), "the router", ready_s)
         for name, handle in handles.items():
-            _wait_for(handle.describe.remote(), name)
+            _wait_for(handle.describe.remote(), name, ready_s)
             say(f"{name} is ready")
         start_controller(settings)
-        _wait_until_serving(router, len(workers))
+        _wait_until_serving(router, len(workers), ready_s)
         state = ClusterState(**(asdict(state) | {"router_address": address, "workers": tuple(handles)}))
         _write_state(state)
         return state
     except BaseException:
         down(state, say)
         raise
+
+
+def _is_up(state: ClusterState) -> bool:
+    """False if the Ray cluster it lived in ended without `down`."""
+    if state.head_pid is not None:
+        return True
+    try:
+        connect(state)
+        find(ROUTER)
+    except (LaunchError, ValueError):
+        return False
+    return True
+
+
+def _wait_for_nodes(settings: Settings, say: Say) -> None:
+    """Raises LaunchError if too few come, or if there are several and workers could not be reached on them."""
+    wanted, deadline = settings.ray.min_nodes, time.monotonic() + settings.ray.ready_s
+    while (nodes := sum(node["Alive"] for node in ray.nodes())) < wanted:
+        if time.monotonic() > deadline:
+            raise LaunchError(
+                f"the Ray cluster has {nodes} of {wanted} nodes (ray.min_nodes) after {settings.ray.ready_s:.0f} s "
+                "(ray.ready_s); see `ray status`"
+            )
+        say(f"{nodes} of {wanted} nodes are there")
+        time.sleep(NODES_PERIOD_S)
+    if nodes > 1 and settings.network.tls is None:
+        raise LaunchError(
+            f"the Ray cluster has {nodes} nodes, and without network.tls workers listen on loopback only; "
+            "set network.tls, see docs/operations.md"
+        )
 
 
 def _check_folders(settings: Settings) -> None:
@@ -149,12 +185,12 @@ def _ray(settings: Settings, say: Say) -> ClusterState:
     return ClusterState(settings.name, address, token, pid, str(folder))
 
 
-def _wait_for(reference: Any, what: str) -> Any:
+def _wait_for(reference: Any, what: str, timeout_s: float) -> Any:
     """Raises LaunchError with the cause, in one line, if an actor cannot be made."""
     try:
-        return ray.get(reference, timeout=READY_TIMEOUT_S)
+        return ray.get(reference, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
-        raise LaunchError(f"{what} was not ready within {READY_TIMEOUT_S:.0f} s; see Ray's logs") from error
+        raise LaunchError(f"{what} was not ready within {timeout_s:.0f} s (ray.ready_s); see Ray's logs") from error
     except RayError as error:
         raise LaunchError(f"{what} did not start: {_cause(error)}") from error
 
@@ -165,9 +201,9 @@ def _cause(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _wait_until_serving(router: Any, workers: int) -> None:
+def _wait_until_serving(router: Any, workers: int, timeout_s: float) -> None:
     """Every worker's stream to the router is open."""
-    deadline = time.monotonic() + READY_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         seen = ray.get(router.describe.remote())["workers"]
         if sum(worker["state"] == "serving" for worker in seen) >= workers:
@@ -185,6 +221,8 @@ def status(state: ClusterState) -> dict[str, Any]:
         controller = ray.get(find(CONTROLLER).describe.remote(), timeout=10.0)
     except (RayError, ValueError) as error:
         raise LaunchError(f"cluster {state.name!r} does not answer: {_cause(error)}") from error
+    finally:
+        ray.shutdown()  # or Ray goes on to say on standard output what happens in the cluster
     by_name = {report.peer.id.name: report for report in reports.values() if report is not None}
     for worker in described["workers"]:
         report = by_name.get(worker["worker"].partition("@")[0])
@@ -193,11 +231,28 @@ def status(state: ClusterState) -> dict[str, Any]:
     return described | {"controller": controller, "logs": f"{state.folder}/session_latest/logs" if state.folder else ""}
 
 
+@contextlib.contextmanager
+def asking_router(state: ClusterState) -> Iterator[Callable[..., Any]]:
+    """A function that calls a method of the router by its name. Raises LaunchError, now or when called."""
+    connect(state)
+
+    def ask(method: str, *arguments: object) -> Any:
+        try:
+            return ray.get(getattr(find(ROUTER), method).remote(*arguments), timeout=10.0)
+        except (RayError, ValueError) as error:
+            raise LaunchError(f"the router of {state.name!r} does not answer: {_cause(error)}") from error
+
+    try:
+        yield ask
+    finally:
+        ray.shutdown()
+
+
 def change_role(state: ClusterState, worker: str, role: Role) -> str:
     """Have a worker take another role; returns its new name@epoch. Raises LaunchError."""
     connect(state)
     try:
-        report = ray.get(find(worker).set_role.remote(str(role)), timeout=READY_TIMEOUT_S)
+        report = ray.get(find(worker).set_role.remote(str(role)), timeout=SWITCH_TIMEOUT_S)
     except ValueError as error:
         raise LaunchError(f"there is no worker {worker!r}; there are {', '.join(worker_names())}") from error
     except RayError as error:
@@ -214,7 +269,7 @@ def scale(state: ClusterState, wanted: Mapping[Role, int], say: Say) -> None:
     try:
         controller = find(CONTROLLER)
         decision: Decision[Plan] = ray.get(
-            controller.scale.remote({str(role): count for role, count in wanted.items()}), timeout=READY_TIMEOUT_S
+            controller.scale.remote({str(role): count for role, count in wanted.items()}), timeout=SWITCH_TIMEOUT_S
         )
     except (RayError, ValueError) as error:
         raise LaunchError(f"the controller of {state.name!r} does not answer: {_cause(error)}") from error
@@ -224,9 +279,9 @@ def scale(state: ClusterState, wanted: Mapping[Role, int], say: Say) -> None:
     if not started and not leaving:
         say("there are as many already")
     for name, role in started.items():
-        _wait_for(find(name).describe.remote(), name)
+        _wait_for(find(name).describe.remote(), name, SWITCH_TIMEOUT_S)
         say(f"{name} serves as a {role} worker")
-    deadline = time.monotonic() + READY_TIMEOUT_S
+    deadline = time.monotonic() + SWITCH_TIMEOUT_S
     while leaving and time.monotonic() < deadline:
         gone = leaving - set(worker_names())
         for name in sorted(gone):
@@ -234,7 +289,7 @@ def scale(state: ClusterState, wanted: Mapping[Role, int], say: Say) -> None:
         leaving -= gone
         time.sleep(0.1)
     if leaving:
-        raise LaunchError(f"{', '.join(sorted(leaving))} did not go within {READY_TIMEOUT_S:.0f} s; see Ray's logs")
+        raise LaunchError(f"{', '.join(sorted(leaving))} did not go within {SWITCH_TIMEOUT_S:.0f} s; see Ray's logs")
 
 
 def down(state: ClusterState, say: Say) -> None:
@@ -260,11 +315,11 @@ def _stop_actors(state: ClusterState) -> None:
             actor = find(name)
         except ValueError:
             continue
-        if name == ROUTER:
+        if name in (CONTROLLER, ROUTER):
             _wait_quietly(actor.stop.remote())
         ray.kill(actor, no_restart=True)
 
 
 def _wait_quietly(reference: Any) -> None:
     with contextlib.suppress(RayError):
-        ray.get(reference, timeout=5.0)
+        ray.get(reference, timeout=STOP_TIMEOUT_S)

@@ -15,15 +15,19 @@ import ray
 from ray.actor import ActorHandle
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from tidemill.core.model import Member, Peer, Role
+from tidemill.core.model import Member, Peer, Role, WorkerId
+from tidemill.core.picture import Picture
 from tidemill.core.settings import Settings
-from tidemill.core.telemetry import RouterTelemetry
+from tidemill.core.telemetry import DecisionRecord, Decoding, RouterTelemetry
+from tidemill.core.trace import Trace
 
 log = logging.getLogger(__name__)
 
 ROUTER, CONTROLLER = "router", "controller"
 DESCRIBE_TIMEOUT_S = 1.0
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,16 +38,17 @@ class WorkerReport:
     role: Role
     pid: int
     metrics_address: str
-    residual: int  # tokens of work that must be finished or moved before it is free
-    leaving: bool  # takes no more, and goes when it has drained
-    retired: bool  # has drained: may be ended
+    residual: int = 0  # tokens of work that must be finished or moved before it is free
+    leaving: bool = False  # takes no more, and goes when it has drained
+    retired: bool = False  # has drained: may be ended
 
 
 class WorkerActor:
     """Holds one workers.Worker. Ray restarts it when its process dies; it then comes back under a new epoch."""
 
-    def __init__(self, name: str, role: str, settings: Settings, host: str) -> None:
+    def __init__(self, name: str, role: str, settings: Settings) -> None:
         _log_to_stderr()
+        host = ray.util.get_node_ip_address() if settings.network.tls else LOOPBACK
         from workers.worker import Worker  # noqa: PLC0415 - torch is imported where the accelerator is
 
         self._worker = Worker(name, Role(role), settings, host=host)
@@ -85,6 +90,7 @@ class RouterActor:
         from router.server import RouterServer  # noqa: PLC0415 - as above
 
         self._server = RouterServer(settings)
+        self._drain_s = settings.deadlines.drain_s
 
     async def start(self) -> str:
         return await self._server.start()
@@ -95,11 +101,32 @@ class RouterActor:
     async def telemetry(self) -> RouterTelemetry:
         return self._server.telemetry()
 
+    async def held(self) -> list[Decoding]:
+        return self._server.held()
+
+    async def level(self, request_id: str, to: WorkerId) -> None:
+        from router.moves import MoveReason  # noqa: PLC0415 - as above
+
+        await self._server.move(request_id, to, MoveReason.LEVEL)
+
+    async def set_decisions(self, decisions: Sequence[DecisionRecord]) -> None:
+        self._server.set_decisions(decisions)
+
+    async def picture(self) -> Picture:
+        return self._server.picture()
+
+    async def trace(self, request_id: str) -> Trace | None:
+        return self._server.trace(request_id)
+
+    async def latest_traces(self) -> list[Trace]:
+        return self._server.latest_traces()
+
     async def describe(self) -> dict[str, Any]:
         return self._server.describe() | {"pid": os.getpid()}
 
     async def stop(self) -> None:
-        await self._server.stop()
+        """Requests that run may end within the time a drain may take."""
+        await self._server.stop(self._drain_s)
 
 
 def _log_to_stderr() -> None:
@@ -110,14 +137,13 @@ def _log_to_stderr() -> None:
 class Pools:
     """Makes and finds the actors of one cluster; the current process must be connected to Ray."""
 
-    def __init__(self, settings: Settings, host: str = "127.0.0.1") -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._host = host
 
     def start_router(self) -> ActorHandle:
         """Constructed, not yet listening."""
         actor = ray.remote(RouterActor).options(
-            name=ROUTER, lifetime="detached", num_cpus=0, max_restarts=0, max_concurrency=64
+            name=ROUTER, lifetime="detached", num_cpus=0, max_restarts=0, max_concurrency=64, scheduling_strategy=here()
         )
         return actor.remote(self._settings)
 
@@ -129,11 +155,13 @@ class Pools:
             lifetime="detached",
             num_cpus=options.cpus_per_worker,
             num_gpus=options.gpus_per_worker,
+            resources=options.resources.get(role, {}),
+            scheduling_strategy="SPREAD",  # the loss of a node costs a part of each pool
             max_restarts=options.max_restarts,
             max_concurrency=4,
             runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._settings.engine.threads)}},
         )
-        return actor.remote(name, str(role), self._settings, self._host)
+        return actor.remote(name, str(role), self._settings)
 
     def request_room(self, workers: int) -> None:
         """Have Ray's autoscaler keep nodes for so many workers; without reservations there is nothing to ask for."""
@@ -148,6 +176,11 @@ class Pools:
         counts = self._settings.pools
         roles = {Role.PREFILL: counts.prefill, Role.DRAFT: counts.draft, Role.VERIFY: counts.verify}
         return [(f"{role}-{index}", role) for role, count in roles.items() for index in range(count)]
+
+
+def here() -> NodeAffinitySchedulingStrategy:
+    """On this process' node: the address of clients, and the files of secrets and targets, are the head's."""
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def find(name: str) -> ActorHandle:

@@ -12,22 +12,12 @@ from tidemill.core import metrics
 from tidemill.core.metrics import Metrics
 from tidemill.core.model import Role
 from tidemill.core.settings import RoleBounds, Settings
-from tidemill.core.telemetry import RouterTelemetry
+from tidemill.core.telemetry import DecisionRecord, RouterTelemetry
 
 log = logging.getLogger(__name__)
 
 KEPT_DECISIONS = 50
 SWITCH_WEIGHT = 0.3  # of the newest switch in the mean of their durations
-
-
-@dataclass(frozen=True, slots=True)
-class DecisionRecord:
-    """A decision as `tidemill status` shows it. Those that change nothing are kept when the reason is new."""
-
-    at: float  # seconds of wall time
-    reason: str
-    changes: tuple[str, ...]
-    loads: tuple[tuple[str, float], ...]
 
 
 @dataclass(slots=True)

@@ -3,8 +3,9 @@
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
+from cluster.policy.levelling import Held, Holder
 from tidemill.core.model import Role
-from tidemill.core.telemetry import Progress, RouterTelemetry, Traffic, Waiting, Window, WorkerTelemetry
+from tidemill.core.telemetry import Decoding, Progress, RouterTelemetry, Traffic, Waiting, Window, WorkerTelemetry
 
 
 def merge(pictures: Sequence[RouterTelemetry]) -> RouterTelemetry:
@@ -22,6 +23,27 @@ def merge(pictures: Sequence[RouterTelemetry]) -> RouterTelemetry:
         ),
         _workers(worker for picture in pictures for worker in picture.workers),
     )
+
+
+def holders(workers: Iterable[WorkerTelemetry], decoding: Iterable[Decoding]) -> list[Holder]:
+    """The verify workers as levelling sees them: what decodes there, in blocks."""
+    found = {each.worker: each for each in workers if each.role is Role.VERIFY}
+    held: dict[str, list[Held]] = {each.name: [] for each in found}
+    for request in decoding:
+        worker = found.get(request.worker)
+        if worker is not None:
+            blocks = -(-request.tokens // worker.load.block_size)
+            held[request.worker.name].append(Held(request.request_id, blocks))
+    return [
+        Holder(
+            name.name,
+            worker.load.kv_blocks_total,
+            tuple(held[name.name]),
+            -(-worker.load.queued_tokens // worker.load.block_size),
+            not worker.accepting,
+        )
+        for name, worker in found.items()
+    ]
 
 
 def _window(windows: Sequence[Window]) -> Window:

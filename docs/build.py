@@ -53,23 +53,28 @@ def _type(annotation: Any) -> str:
     return found
 
 
+METRIC_COLUMNS = ("Series", "Type", "Unit", "Labels", "What it is", "When it moves")
+
+
 def metrics_page() -> str:
-    """Every series with its type, labels and what to do when it moves."""
+    """Every series with its type, unit, labels and what to do when it moves."""
     lines = [
         "# Metrics",
         "",
         NOTE,
         "Served for Prometheus by the router, each worker and the controller; `tidemill status` shows where.",
+        "A scrape adds `cluster`, `component` and `worker` (see [operations.md](operations.md)). Unit 1 is a count.",
+        "Beside these, each process serves its own `process_*`, and a vLLM worker its engine's `vllm:*`.",
     ]
     for title, series in (("Router", ROUTER_SERIES), ("Workers", WORKER_SERIES), ("Controller", CONTROLLER_SERIES)):
-        lines += ["", f"## {title}", "| Series | Type | Labels | What it is | When it moves |", "|---|---|---|---|---|"]
+        lines += ["", f"## {title}", f"| {' | '.join(METRIC_COLUMNS)} |", "|---" * len(METRIC_COLUMNS) + "|"]
         lines += [_row(each) for each in series]
     return "\n".join(lines) + "\n"
 
 
 def _row(series: Series) -> str:
     labels = ", ".join(f"`{label}`" for label in series.labels)
-    return f"| `{series.name}` | {series.kind} | {labels} | {series.help} | {series.when_it_moves} |"
+    return f"| `{series.name}` | {series.kind} | {series.unit} | {labels} | {series.help} | {series.when_it_moves} |"
 
 
 PAGES = {"settings.md": settings_page, "metrics.md": metrics_page}

@@ -13,26 +13,19 @@ from dataclasses import dataclass
 
 import grpc
 
-from router.inbox import Inbox
 from router.telemetry import Telemetry, count
 from tidemill.core import control_pb2 as pb
 from tidemill.core import wire
+from tidemill.core.channels import NodeChannels
 from tidemill.core.clock import Clock
 from tidemill.core.control_pb2_grpc import WorkerStub
 from tidemill.core.messages import Cancel, Command, Event, Failed, Failure, Prefill, Prefilled, StepReport
 from tidemill.core.model import Member, Peer, PoolSnapshot, Role, WorkerLoad, WorkerSnapshot
+from tidemill.core.telemetry import STALE_AFTER_S
 
 log = logging.getLogger(__name__)
 
-STALE_AFTER_S = 3.0  # workers report at least every half second; one silent for longer gets no new requests
 RETRY_S, MAX_RETRY_S = 0.1, 2.0
-OPTIONS = [
-    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
-    ("grpc.max_send_message_length", 64 * 1024 * 1024),
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),
-]
 
 
 class WorkerLost(Exception):
@@ -42,15 +35,19 @@ class WorkerLost(Exception):
 Attach = Callable[[str, AsyncIterator[pb.Command]], AsyncGenerator[pb.StepReport, None]]
 
 
-async def attach(address: str, commands: AsyncIterator[pb.Command]) -> AsyncGenerator[pb.StepReport, None]:
-    """The stream to a worker, over a channel of its own. Raises AioRpcError when it breaks."""
-    async with grpc.aio.insecure_channel(address, options=OPTIONS) as channel:
-        async for report in WorkerStub(channel).Attach(commands):
-            yield report
+def attach_over(channels: NodeChannels) -> Attach:
+    """The stream to a worker, over a channel of its own; it raises AioRpcError when it breaks."""
+
+    async def attach(address: str, commands: AsyncIterator[pb.Command]) -> AsyncGenerator[pb.StepReport, None]:
+        async with channels.open(address) as channel:
+            async for report in WorkerStub(channel).Attach(commands):
+                yield report
+
+    return attach
 
 
-# What a request hears, from whichever of its workers: (worker, event).
-Heard = tuple["WorkerConnection", Event]
+# How a request hears of its workers: (worker, event).
+Hear = Callable[["WorkerConnection", Event], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -58,8 +55,8 @@ class Conversation:
     """One request with one worker. Belongs to the attempt that opened it, which closes it."""
 
     worker: "WorkerConnection"
-    request_id: str
-    heard: Inbox[Heard]
+    request_id: str  # as the worker knows it
+    hear: Hear
     is_load: bool = True  # a prefill worker that has done its part is still heard, but carries nothing
     prompt_tokens: int = 0  # still to be computed
 
@@ -83,9 +80,12 @@ class WorkerConnection:
         clock: Clock,
         telemetry: Telemetry,
         on_cancelled: Callable[[float], None],
+        on_draining: "Callable[[WorkerConnection], None]",
         attach: Attach,
     ) -> None:
-        """`on_cancelled` hears how many seconds it took to tell the worker of a cancellation."""
+        """`on_cancelled` hears how many seconds it took to tell the worker of a cancellation; `on_draining` that the
+        worker takes no more, while it still has requests.
+        """
         self.peer = member.peer
         self.role = member.role
         self.accepting = False
@@ -94,6 +94,7 @@ class WorkerConnection:
         self._clock = clock
         self._telemetry = telemetry
         self._on_cancelled = on_cancelled
+        self._on_draining = on_draining
         self._attach = attach
         self._conversations: dict[str, Conversation] = {}
         # None while there is no stream. Holds a few commands for each active request, whose number is bounded, and
@@ -105,6 +106,11 @@ class WorkerConnection:
     def connected(self) -> bool:
         return self._commands is not None
 
+    @property
+    def draining(self) -> bool:
+        """True if it takes no more, and still has requests of this router."""
+        return self.connected and not self.accepting and bool(self._conversations)
+
     def snapshot(self) -> WorkerSnapshot:
         carried = [each for each in self._conversations.values() if each.is_load]
         tokens = sum(each.prompt_tokens for each in carried)
@@ -114,9 +120,9 @@ class WorkerConnection:
         """True if new requests may go there."""
         return self.connected and self.accepting and now - self.heard_at < STALE_AFTER_S
 
-    def open(self, request_id: str, heard: Inbox[Heard]) -> Conversation:
-        """Start to hear of a request; everything about it is put into `heard`."""
-        conversation = Conversation(self, request_id, heard)
+    def open(self, request_id: str, hear: Hear) -> Conversation:
+        """Start to hear of a request; `hear` is called with everything about it."""
+        conversation = Conversation(self, request_id, hear)
         self._conversations[request_id] = conversation
         return conversation
 
@@ -174,14 +180,20 @@ class WorkerConnection:
                 if isinstance(event, Prefilled):
                     conversation.is_load = False
                     prefilled_tokens += conversation.prompt_tokens
-                conversation.heard.put((self, event))
+                conversation.hear(self, event)
         counted = count(report.events, prefilled_tokens)
         self._telemetry.reported(report.worker, report.role, report.accepting, report.load, counted, self.heard_at)
+        if self.draining:
+            self._on_draining(self)
 
     def _become(self, report: StepReport) -> None:
-        """The worker changed its role, or is another incarnation behind the same address: all it held is gone."""
+        """The worker changed its role, or is another incarnation behind the same address: all it held is gone.
+
+        A prefill worker that had done its part held nothing; if its last blocks were lost their receiver says so.
+        """
         log.info("%s is now %s, a %s worker", self.peer.id, report.worker, report.role)
-        self._fail_all(Failure.ROLE_CHANGED, f"{self.peer.id} became {report.worker}")
+        carried = [each for each in self._conversations.values() if each.is_load]
+        self._fail(carried, Failure.ROLE_CHANGED, f"{self.peer.id} became {report.worker}")
         self.peer = Peer(report.worker, self.peer.address)
         self.role = report.role
 
@@ -189,11 +201,11 @@ class WorkerConnection:
         if self._conversations:
             log.warning("worker %s is lost with %d requests: %s", self.peer.id, len(self._conversations), why)
         self._commands, self.accepting = None, False
-        self._fail_all(Failure.STOPPING, f"{self.peer.id} is lost: {why}")
+        self._fail(list(self._conversations.values()), Failure.STOPPING, f"{self.peer.id} is lost: {why}")
 
-    def _fail_all(self, failure: Failure, detail: str) -> None:
-        for conversation in list(self._conversations.values()):
-            conversation.heard.put((self, Failed(conversation.request_id, failure, detail)))
+    def _fail(self, conversations: list[Conversation], failure: Failure, detail: str) -> None:
+        for conversation in conversations:
+            conversation.hear(self, Failed(conversation.request_id, failure, detail))
 
 
 class PoolsView:
@@ -202,16 +214,17 @@ class PoolsView:
     def __init__(
         self,
         clock: Clock,
+        attach: Attach,
         telemetry: Telemetry,
         on_cancelled: Callable[[float], None] = lambda _: None,
-        attach: Attach = attach,
     ) -> None:
-        """See WorkerConnection. `attach` is for tests without a network."""
+        """See WorkerConnection, of `on_draining` too."""
         self._clock = clock
         self._telemetry = telemetry
         self._on_cancelled = on_cancelled
         self._attach = attach
         self._workers: dict[str, WorkerConnection] = {}
+        self.on_draining: Callable[[WorkerConnection], None] = lambda _: None
 
     async def set_members(self, members: Sequence[Member]) -> None:
         """Connect to new ones, leave those that are gone. An address is a member; epochs come with reports."""
@@ -221,8 +234,11 @@ class PoolsView:
         for address, member in wanted.items():
             if address not in self._workers:
                 self._workers[address] = WorkerConnection(
-                    member, self._clock, self._telemetry, self._on_cancelled, self._attach
+                    member, self._clock, self._telemetry, self._on_cancelled, self._drains, self._attach
                 )
+
+    def _drains(self, worker: WorkerConnection) -> None:
+        self.on_draining(worker)
 
     def snapshot(self) -> PoolSnapshot:
         """The workers that can take requests now."""

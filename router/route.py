@@ -5,7 +5,7 @@
     3 place      the least loaded verify, prefill and draft worker
     4 reserve    the verify worker grants a lease for the KV blocks, or says no and another is tried
     5 prefill    the prefill worker computes; finished blocks travel to the lease while the next are computed
-    6 decode     the verify worker's tokens, one message a step
+    6 decode     the verify worker's tokens, one message a step; meanwhile it may move to another, see move.py
     7 finish     whatever any worker still holds is released, whether the request finished, failed or was cancelled
 
 A worker that fails, at whatever stage, costs the request a new attempt elsewhere from the tokens already sent. Being
@@ -19,10 +19,13 @@ import random
 from collections.abc import AsyncGenerator, Set
 from contextlib import aclosing
 from dataclasses import dataclass
+from enum import StrEnum
 
 from router.attempt import TIMEOUT, Attempt, AttemptFailed, AttemptRefused
 from router.gate import Gate
 from router.journey import Journey
+from router.move import MoveOutcome
+from router.moves import Moves
 from router.policy.placement import place
 from router.policy.split import SplitReason, split
 from router.pools_view import PoolsView
@@ -43,8 +46,10 @@ from tidemill.core.messages import (
     Tokens,
 )
 from tidemill.core.metrics import Metrics
-from tidemill.core.model import PoolSnapshot, Request, Role, WorkerId, WorkerSnapshot
+from tidemill.core.model import Peer, PoolSnapshot, Request, Role, WorkerId, WorkerSnapshot
 from tidemill.core.settings import Settings
+from tidemill.core.telemetry import Decoding
+from tidemill.core.trace import Stage
 from tidemill.errors import InvalidRequest, Overloaded, TidemillError, Unavailable
 
 log = logging.getLogger(__name__)
@@ -61,6 +66,10 @@ class Placement:
     verify: WorkerSnapshot
     prefill: WorkerSnapshot | None
     draft: WorkerSnapshot | None
+
+    @property
+    def drafter(self) -> Peer | None:
+        return self.draft.peer if self.draft else None
 
 
 class Router:
@@ -83,6 +92,7 @@ class Router:
         self._metrics = counters
         self._clock = clock
         self._rng = rng
+        self._moves = Moves(settings, pools, counters, clock, rng)
 
     async def serve(self, journey: Journey) -> AsyncGenerator[list[Tokens], None]:
         """The steps of a request, each list as soon as it is there. Raises TidemillError."""
@@ -96,9 +106,10 @@ class Router:
                     else:
                         lease = await self._reserve(journey, attempt, placement)  # 4
                         await self._prefill(journey, attempt, placement, lease)  # 5
-                    async with aclosing(self._decode(journey, attempt, placement)) as decoding:  # 6
-                        async for steps in decoding:
-                            yield steps
+                    with self._moves.open_to(journey, attempt, placement.drafter):
+                        async with aclosing(self._decode(journey, attempt, placement)) as decoding:  # 6
+                            async for steps in decoding:
+                                yield steps
                 except AttemptRefused as refusal:
                     attempt.close(None)  # first: it may have to wait, and holds nothing meanwhile
                     await self._try_another(journey, refusal)
@@ -106,6 +117,22 @@ class Router:
                     self._try_again(journey, failure)
                 finally:
                     attempt.close(journey.finish)  # 7
+
+    async def move(self, request_id: str, to: WorkerId, reason: StrEnum) -> MoveOutcome:
+        """Have a decoding request go on on another verify worker; its client notices a pause of a few steps at most."""
+        return await self._moves.move(request_id, to, reason)
+
+    def decoding(self) -> dict[str, WorkerId]:
+        """The requests that could be moved now, and the workers they decode on."""
+        return self._moves.decoding()
+
+    def held(self) -> list[Decoding]:
+        """The same, with what each holds."""
+        return self._moves.held()
+
+    async def close(self) -> None:
+        """End what runs beside the requests."""
+        await self._moves.close()
 
     async def _split_and_place(self, journey: Journey, request: Request) -> Placement:
         """Waits for a verify worker if there is none at the moment."""
@@ -134,15 +161,16 @@ class Router:
         return decision.choice
 
     def _submit(self, journey: Journey, attempt: Attempt, placement: Placement) -> None:
-        drafter = placement.draft.peer if placement.draft else None
-        attempt.tell(placement.verify, Submit(attempt.request, drafter))
-        journey.prefilled(None, self._clock.monotonic())
+        attempt.tell(placement.verify, Submit(attempt.request, placement.drafter))
+        now = self._clock.monotonic()
+        journey.prefilled(None, now)
+        journey.enter(Stage.FIRST, now, placement.verify.peer.id, "prefilled in place")
 
     async def _reserve(self, journey: Journey, attempt: Attempt, placement: Placement) -> Lease:
         deadlines = self._settings.deadlines
-        drafter = placement.draft.peer if placement.draft else None
-        attempt.tell(placement.verify, Reserve(attempt.request, deadlines.lease_s, drafter))
-        granted = await attempt.expect(LeaseGranted, deadlines.reserve_s, placement.verify)
+        attempt.tell(placement.verify, Reserve(attempt.request, deadlines.lease_s, placement.drafter))
+        journey.enter(Stage.RESERVE, self._clock.monotonic(), placement.verify.peer.id)
+        granted = await attempt.expect(LeaseGranted, deadlines.reserve_s, placement.verify.peer.id)
         journey.lifecycle.move(RequestState.RESERVED)
         journey.pauses = 0
         return granted.lease
@@ -154,12 +182,16 @@ class Router:
         if lease.first_block < lease.end_block:
             attempt.tell(placement.prefill, Prefill(attempt.request, lease))
             journey.kv_from = placement.prefill.peer.id
+            journey.enter(Stage.PREFILL, self._clock.monotonic(), placement.prefill.peer.id)
             try:
-                done = await attempt.expect(Prefilled, self._settings.deadlines.prefill_s, placement.prefill)
+                done = await attempt.expect(Prefilled, self._settings.deadlines.prefill_s, placement.prefill.peer.id)
             except AttemptFailed as failure:
                 self._without_prefill(journey, attempt, placement, failure)
         journey.lifecycle.move(RequestState.PREFILLED)
-        journey.prefilled(done, self._clock.monotonic())
+        now = self._clock.monotonic()
+        journey.prefilled(done, now)
+        note = "goes on without its prefill worker" if journey.kv_lost else "" if done else "all of it was cached"
+        journey.enter(Stage.FIRST, now, placement.verify.peer.id, note)
 
     def _without_prefill(
         self, journey: Journey, attempt: Attempt, placement: Placement, failure: AttemptFailed
@@ -185,14 +217,15 @@ class Router:
         patience_s = deadlines.transfer_s if placement.prefill and not journey.kv_lost else deadlines.prefill_s
         slo_class = journey.request.slo.name
         while journey.finish is None:
+            decodes_on = attempt.decodes_on or placement.verify
             try:
-                event = await attempt.next(patience_s, placement.verify)
+                event = await attempt.next(patience_s, decodes_on.peer.id)
             except AttemptFailed as failure:
                 self._without_prefill(journey, attempt, placement, failure)
                 patience_s = deadlines.prefill_s
                 continue
             if not isinstance(event, Tokens):
-                continue  # a late word of the prefill worker
+                continue  # a late word of the prefill worker, or of a move that was called off
             if journey.lifecycle.state is not RequestState.DECODING:
                 journey.lifecycle.move(RequestState.DECODING)
                 attempt.leave(placement.prefill)  # its part is done: it may go now
@@ -202,6 +235,8 @@ class Router:
             if journey.sent:
                 self._metrics.observe(metrics.ITL, now - journey.last_at, slo_class=slo_class)
             first = not journey.sent
+            if journey.stages[-1].stage is not Stage.DECODE:
+                journey.enter(Stage.DECODE, now, placement.verify.peer.id)
             for step in steps:
                 journey.took(step, now)
             if first:
@@ -221,6 +256,7 @@ class Router:
             )
         self._metrics.add(metrics.RETRIES, failure=refusal.reason)
         journey.refused.add(refusal.worker)
+        journey.enter(Stage.QUEUE, self._clock.monotonic(), note=str(refusal))
         if all(worker.peer.id in journey.refused for worker in self._pools.snapshot().of(Role.VERIFY)):
             full = Overloaded(f"every worker is full ({refusal.reason}); try again after a pause")
             await self._pause(journey, full)
@@ -240,8 +276,10 @@ class Router:
         await asyncio.sleep(longest_s * self._rng.uniform(0.5, 1.0))
 
     def _try_again(self, journey: Journey, failure: AttemptFailed) -> None:
-        """Raises Unavailable when the request has failed too often."""
-        journey.failures += 1
+        """Raises Unavailable when the request has failed too often. A worker that became another's is no failure."""
+        journey.retries += 1
+        journey.failures += failure.failure != Failure.ROLE_CHANGED
+        journey.enter(Stage.QUEUE, self._clock.monotonic(), note=f"{failure.worker} failed: {failure.failure}")
         journey.avoid.add(failure.worker)
         if journey.kv_from is not None and failure.failure in HANDOVER_FAILURES:
             journey.avoid.add(journey.kv_from)

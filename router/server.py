@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Sequence
+from enum import StrEnum
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -12,25 +14,34 @@ from prometheus_client import start_http_server
 
 from router.auth import BearerToken, read_secret, server_credentials
 from router.gate import Gate
+from router.move import MoveOutcome
+from router.moves import MoveReason
+from router.otlp import TraceExport
 from router.policy.admission import AdmissionLimits
-from router.pools_view import PoolsView
+from router.pools_view import PoolsView, attach_over
 from router.route import Router
 from router.served_model import ServedModel
 from router.servicer import Servicer
+from router.status_page import StatusPage, tls_context
 from router.telemetry import Telemetry
+from router.traces import Traces
 from router.wellformed import WellFormed
 from tidemill.core import metrics
+from tidemill.core.channels import NodeChannels
 from tidemill.core.clock import Clock, SystemClock
 from tidemill.core.metrics import ROUTER_SERIES, Metrics
-from tidemill.core.model import Member, Role
+from tidemill.core.model import Member, Role, WorkerId
+from tidemill.core.picture import FrontDoor, Picture, picture
 from tidemill.core.settings import Settings
-from tidemill.core.telemetry import RouterTelemetry
+from tidemill.core.telemetry import DecisionRecord, Decoding, RouterTelemetry
+from tidemill.core.trace import Trace
 from tidemill.proto.inference_pb2_grpc import add_InferenceServicer_to_server
 
 log = logging.getLogger(__name__)
 
 SERVICE = "tidemill.v1.Inference"
 HEALTH_PERIOD_S = 0.25
+PICTURE_PERIOD_S = 0.5
 
 
 class RouterServer:
@@ -44,27 +55,40 @@ class RouterServer:
         engine = settings.engine
         emulated = settings.emulated if engine.kind == "emulated" else None
         self._model = ServedModel(settings.target, engine.kv_blocks * engine.block_size, emulated)
+        self._channels = NodeChannels(settings.network.tls)
         self._telemetry = Telemetry(settings.controller.windows_s, self._clock.monotonic())
+        self._traces = Traces()
         self._pools = PoolsView(
             self._clock,
+            attach_over(self._channels),
             self._telemetry,
             lambda seconds: self.metrics.observe(metrics.CANCEL_TO_RELEASE, seconds),
         )
         limits = AdmissionLimits(settings.router.max_active, settings.router.max_queued)
         self._gate = Gate(limits, self.metrics)
-        router = Router(settings, self._pools, self._gate, self._telemetry, self.metrics, self._clock, random.Random())
-        self._servicer = Servicer(settings, self._model, router, self._telemetry, self.metrics, self._clock)
+        self._router = Router(
+            settings, self._pools, self._gate, self._telemetry, self.metrics, self._clock, random.Random()
+        )
+        self._servicer = Servicer(
+            settings, self._model, self._router, self._telemetry, self._traces, self.metrics, self._clock
+        )
+        self._decisions: tuple[DecisionRecord, ...] = ()
+        self._picture: Picture | None = None
+        self._pictured_at = 0.0
+        self._page: StatusPage | None = None
+        self._export: TraceExport | None = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._tasks: list[asyncio.Task[None]] = []
         self._server: grpc.aio.Server | None = None
         self.address = ""
         self.metrics_address = ""
+        self.page_address = ""  # URL
 
     async def start(self) -> str:
         """Listen; returns host:port. Raises OSError if a port is taken, SettingsError for a bad secret or key."""
         settings = self._settings.router
         limit = settings.max_message_bytes
-        token = settings.token_file and read_secret(settings.token_file)
+        token = read_secret(settings.token_file) if settings.token_file else None
         server = grpc.aio.server(
             interceptors=[*([BearerToken(token)] if token else []), WellFormed()],
             options=[
@@ -78,10 +102,12 @@ class RouterServer:
         reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
         credentials = server_credentials(settings)
         self.metrics_address = self._serve_metrics()
-        try:  # last, because gRPC gives a port back only when its server is destroyed
-            self.address = self._bind(server, credentials)
+        try:
+            self._export_traces()
+            await self._serve_page(token)
+            self.address = self._bind(server, credentials)  # last: gRPC gives a port back when its server is destroyed
         except OSError:
-            await self._stop_metrics()
+            await self._stop_watching()
             raise
         await server.start()
         self._server = server
@@ -101,7 +127,9 @@ class RouterServer:
     def _serve_metrics(self) -> str:
         settings = self._settings.metrics
         try:
-            self._metrics_server, _ = start_http_server(settings.router_port, settings.host, self.metrics.registry)
+            self._metrics_server, _ = start_http_server(
+                settings.router_port, settings.host, self.metrics.registry, **self._channels.metrics_tls
+            )
         except OSError as error:
             where = _authority(settings.host, settings.router_port)
             raise OSError(
@@ -109,7 +137,31 @@ class RouterServer:
             ) from error
         return _authority(settings.host, self._metrics_server.server_port)
 
-    async def _stop_metrics(self) -> None:
+    async def _serve_page(self, token: str | None) -> None:
+        settings = self._settings.status_page
+        if not settings.enabled:
+            return
+        page, context = StatusPage(self.picture, token), tls_context(self._settings.router)
+        try:
+            port = await page.start(settings.host, settings.port, context)
+        except OSError as error:
+            where = _authority(settings.host, settings.port)
+            raise OSError(
+                f"cannot serve the status page on {where}: {error.strerror}; set status_page.port to another, or 0"
+            ) from error
+        self._page = page
+        self.page_address = f"{'https' if context else 'http'}://{_authority(settings.host, port)}/"
+
+    def _export_traces(self) -> None:
+        if self._settings.traces.endpoint:
+            self._export = TraceExport(self._settings.traces, self._settings.name)
+            self._traces.on_ended = self._export.add
+
+    async def _stop_watching(self) -> None:
+        if self._export is not None:
+            await self._export.stop()
+        if self._page is not None:
+            await self._page.stop()
         await asyncio.to_thread(self._metrics_server.shutdown)  # waits for the serving thread to notice
         self._metrics_server.server_close()
 
@@ -121,12 +173,25 @@ class RouterServer:
             task.cancel()
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
+        await self._router.close()
         await self._pools.close()
-        await self._stop_metrics()
+        await self._stop_watching()
 
     async def set_members(self, members: Sequence[Member]) -> None:
         """The workers there are now; called when one comes, goes or restarts."""
         await self._pools.set_members(members)
+
+    def decoding(self) -> dict[str, WorkerId]:
+        """The requests that could be moved now, and the verify workers they decode on."""
+        return self._router.decoding()
+
+    def held(self) -> list[Decoding]:
+        """The same, with what each holds."""
+        return self._router.held()
+
+    async def move(self, request_id: str, to: WorkerId, reason: StrEnum = MoveReason.ASKED) -> MoveOutcome:
+        """Have a request decode on another verify worker; returns when it does, or when that has come to nothing."""
+        return await self._router.move(request_id, to, reason)
 
     async def _watch_health(self) -> None:
         """Serving means: a request could be placed now."""
@@ -141,11 +206,43 @@ class RouterServer:
         """For the controller."""
         return self._telemetry.snapshot(self._clock.monotonic())
 
+    def set_decisions(self, decisions: Sequence[DecisionRecord]) -> None:
+        """What the controller decided lately, the newest last, for people to look at."""
+        self._decisions = tuple(decisions)
+
+    def picture(self) -> Picture:
+        """For the status page and `tidemill top`; made anew twice a second at most, however many look."""
+        now = self._clock.monotonic()
+        if self._picture is None or now - self._pictured_at >= PICTURE_PERIOD_S:
+            self._picture, self._pictured_at = self._new_picture(now), now
+        return self._picture
+
+    def _new_picture(self, now: float) -> Picture:
+        settings = self._settings
+        front = FrontDoor(
+            settings.name,
+            self.address,
+            self._model.card.name,
+            self._gate.active,
+            self._gate.queued,
+            settings.controller.rebalance,
+        )
+        return picture(front, self._telemetry.present(now), self._telemetry.history(now), self._decisions, time.time())
+
+    def trace(self, request_id: str) -> Trace | None:
+        """Of one of the requests that ended last."""
+        return self._traces.find(request_id)
+
+    def latest_traces(self) -> list[Trace]:
+        """The newest first."""
+        return self._traces.latest()
+
     def describe(self) -> dict[str, object]:
         """For `tidemill status`."""
         return {
             "address": self.address,
             "metrics_address": self.metrics_address,
+            "page_address": self.page_address,
             "model": self._model.card.name,
             "active": self._gate.active,
             "queued": self._gate.queued,

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from functools import partial
@@ -13,7 +14,9 @@ from router import wire
 from router.journey import Journey
 from router.route import Router
 from router.served_model import ServedModel
+from router.slo import Verdict, verdict
 from router.telemetry import Telemetry
+from router.traces import Traces
 from tidemill.core import metrics
 from tidemill.core.clock import Clock
 from tidemill.core.lifecycle import RequestState
@@ -56,6 +59,7 @@ class Servicer(InferenceServicer):
         model: ServedModel,
         router: Router,
         telemetry: Telemetry,
+        traces: Traces,
         counters: Metrics,
         clock: Clock,
     ) -> None:
@@ -63,6 +67,7 @@ class Servicer(InferenceServicer):
         self._model = model
         self._router = router
         self._telemetry = telemetry
+        self._traces = traces
         self._metrics = counters
         self._clock = clock
         self._active: set[str] = set()  # ids clients gave, or were given
@@ -151,8 +156,10 @@ class Servicer(InferenceServicer):
             self._metrics.add(metrics.REQUESTS, outcome=outcome)
             if journey is not None:
                 self._active.discard(journey.request.id)
-                self._telemetry.ended(journey, self._clock.monotonic(), failed=outcome != Cancelled.kind)
-                self._count(journey)
+                now = self._clock.monotonic()
+                self._telemetry.ended(journey, now, failed=outcome != Cancelled.kind)
+                self._traces.ended(journey, outcome, now, time.time())
+                self._count(journey, outcome)
 
     async def _begin(self, read: Read, context: Any) -> Journey:
         """The id is taken from here on. Raises DeadlineExceeded if time is over already, InvalidRequest."""
@@ -193,12 +200,19 @@ class Servicer(InferenceServicer):
         chunk.summary.CopyFrom(wire.summary_to_pb(summary))
         return chunk
 
-    def _count(self, journey: Journey) -> None:
+    def _count(self, journey: Journey, outcome: str) -> None:
+        slo_class, timing = journey.request.slo.name, journey.timing
+        kept = verdict(journey, outcome)
+        for each in Verdict:  # all of them, so that none is missing from a ratio
+            self._metrics.add(metrics.SLO_REQUESTS, each is kept, slo_class=slo_class, verdict=each)
+        self._metrics.add(metrics.OUTPUT_TOKENS, len(journey.sent), slo_class=slo_class)
+        self._metrics.add(metrics.GOODPUT_TOKENS, len(journey.sent) * (kept is Verdict.MET), slo_class=slo_class)
+        self._metrics.add(metrics.REQUEST_VERIFIES, journey.verify_steps, slo_class=slo_class)
+        self._metrics.add(metrics.REQUEST_ACCEPTED, journey.accepted, slo_class=slo_class)
         if journey.finish is None:
             if not journey.lifecycle.ended:
                 journey.lifecycle.move(RequestState.FAILED)
             return
-        slo_class, timing = journey.request.slo.name, journey.timing
         for series, seconds in (
             (metrics.TTFT, timing.ttft_s),
             (metrics.TTFT_QUEUE, timing.queue_s),

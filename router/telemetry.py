@@ -6,28 +6,29 @@ entry for each request that waits for its first token, whose number is bounded b
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Generic
 
 from router.journey import Journey
 from tidemill.core.messages import Event, Tokens
 from tidemill.core.model import Role, WorkerId, WorkerLoad
 from tidemill.core.telemetry import (
+    History,
     Progress,
     RouterTelemetry,
     Steps,
-    Sums,
+    Total,
     Traffic,
     Waiting,
     Window,
     WorkerTelemetry,
+    add_up,
 )
 
 BUCKET_S = 0.5
+HISTORY_POINTS, HISTORY_STEP_S = 30, 2.0
 WORKER_HORIZON_S = 10.0
 FORGET_WORKER_S = 30.0  # one that has not reported for so long is gone
-
-Total = TypeVar("Total", bound=Sums)
 
 
 class Sliding(Generic[Total]):
@@ -62,6 +63,18 @@ class Sliding(Generic[Total]):
                 bucket = next(buckets, None)
             found.append(total)
         return found
+
+    def points(self, count: int, step_s: float, now: float) -> tuple[Total, ...]:
+        """The last `count` steps of `step_s` seconds, the oldest first. Steps begin at multiples of their length, so
+        that a point keeps its sum while it moves on.
+        """
+        first, per_step = int(now // step_s) - count + 1, int(step_s / BUCKET_S)
+        found: list[list[Total]] = [[] for _ in range(count)]
+        for index, total in self._buckets.items():
+            place = index // per_step - first
+            if 0 <= place < count:
+                found[place].append(total)
+        return tuple(add_up(each) if each else self._zero for each in found)
 
 
 def _first_bucket(span_s: float, now: float) -> int:
@@ -175,11 +188,12 @@ class Telemetry:
     def __init__(self, windows_s: Sequence[float], now: float) -> None:
         """`windows_s`: how far back the windows reach, the shortest first."""
         self._windows_s = tuple(windows_s)
+        self._horizon_s = max(windows_s[-1], HISTORY_POINTS * HISTORY_STEP_S)
         self._since = now
         self._classes: dict[str, Sliding[Traffic]] = {}
         self._waiting: dict[str, Journey] = {}
         self._workers: dict[str, WorkerWatch] = {}
-        self._roles = {role: Sliding(Progress(), windows_s[-1]) for role in Role}
+        self._roles = {role: Sliding(Progress(), self._horizon_s) for role in Role}
 
     # --- requests -----------------------------------------------------------------------------------------------
 
@@ -234,7 +248,7 @@ class Telemetry:
     def _add(self, journey: Journey, traffic: Traffic, now: float) -> None:
         name = journey.request.slo.name
         if name not in self._classes:
-            self._classes[name] = Sliding(Traffic(), self._windows_s[-1])
+            self._classes[name] = Sliding(Traffic(), self._horizon_s)
         self._classes[name].add(traffic, now)
 
     # --- workers ------------------------------------------------------------------------------------------------
@@ -250,11 +264,9 @@ class Telemetry:
         if done is not None:
             self._roles[role].add(done, now)
 
-    # --- for the controller -------------------------------------------------------------------------------------
+    # --- for the controller, and for people ---------------------------------------------------------------------
 
     def snapshot(self, now: float) -> RouterTelemetry:
-        for name in [each for each, watch in self._workers.items() if now - watch.heard_at > FORGET_WORKER_S]:
-            del self._workers[name]
         by_class = {name: each.totals(self._windows_s, now) for name, each in sorted(self._classes.items())}
         by_role = {role: each.totals(self._windows_s, now) for role, each in self._roles.items()}
         windows = tuple(
@@ -265,8 +277,26 @@ class Telemetry:
             )
             for index, span_s in enumerate(self._windows_s)
         )
+        return replace(self.present(now), windows=windows)
+
+    def present(self, now: float) -> RouterTelemetry:
+        """Without the windows, which are most of the work."""
+        for name in [each for each, watch in self._workers.items() if now - watch.heard_at > FORGET_WORKER_S]:
+            del self._workers[name]
         workers = tuple(watch.telemetry(now) for _, watch in sorted(self._workers.items()))
-        return RouterTelemetry(windows, self._waiting_now(now), workers)
+        return RouterTelemetry((), self._waiting_now(now), workers)
+
+    def history(self, now: float) -> History:
+        """The last minute, for people to look at."""
+
+        def points(window: Sliding[Total]) -> tuple[Total, ...]:
+            return window.points(HISTORY_POINTS, HISTORY_STEP_S, now)
+
+        return History(
+            HISTORY_STEP_S,
+            tuple((name, points(each)) for name, each in sorted(self._classes.items())),
+            tuple((role, points(each)) for role, each in self._roles.items()),
+        )
 
     def _waiting_now(self, now: float) -> Waiting:
         waiting = self._waiting.values()

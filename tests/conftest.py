@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,7 +15,12 @@ import torch  # after the number of threads is set
 torch.set_num_threads(1)
 
 
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would every process they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all-switches", action="store_true", help="test of changes of role in a row: 60 instead of 6")
     parser.addoption(
         "--all-prompts", action="store_true", help="identity tests: all 50 held-out prompts and longer answers"
     )

@@ -18,9 +18,24 @@ from typing import Protocol
 from tidemill.core import metrics
 from tidemill.core.clock import Clock, new_epoch
 from tidemill.core.lifecycle import WORKER_MOVES, Lifecycle, WorkerState
-from tidemill.core.messages import Cancel, Command, Failed, Failure, Proceed, Refusal, Refused, StepReport
+from tidemill.core.messages import (
+    Cancel,
+    Command,
+    Failed,
+    Failure,
+    Migrate,
+    NewWork,
+    Prefill,
+    Proceed,
+    Refusal,
+    Refused,
+    Reserve,
+    Resume,
+    StepReport,
+    Submit,
+)
 from tidemill.core.metrics import Metrics
-from tidemill.core.model import Role, WorkerId, WorkerLoad
+from tidemill.core.model import Request, Role, WorkerId, WorkerLoad
 from workers.engine.base import Engine, StepOutput
 from workers.engines import Engines
 from workers.mailbox import Mailbox
@@ -202,12 +217,18 @@ class EngineLoop:
             self._reports.forget(request_id)
 
     def handle(self, router: int, command: Command) -> None:
-        """A router's command; what is wrong with it is answered."""
-        if isinstance(command, Cancel | Proceed):
-            if self._reports.owner(command.request_id) == router:
-                self._go_on(command)
-            return
-        request = command.request
+        """A router's command; what is wrong with it is answered, but for requests that are unknown, or another's."""
+        match command:
+            case Reserve(request) | Submit(request) | Prefill(request):
+                self._take_new(router, command, request)
+            case Cancel(request_id):
+                if self._reports.owner(request_id) == router:
+                    self._role.cancel(request_id)
+            case Proceed(request_id) | Migrate(request_id) | Resume(request_id):
+                if self._reports.owner(request_id) == router:
+                    self._take(command, request_id)
+
+    def _take_new(self, router: int, command: NewWork, request: Request) -> None:
         if not self._accepts:
             self._reports.tell(router, Refused(request.id, Refusal.DRAINING))
         elif max(request.tokens, default=0) >= self._engine.info.vocab_size:
@@ -216,13 +237,6 @@ class EngineLoop:
             self._reports.tell(router, Failed(request.id, Failure.ENGINE, "this request is here already"))
         else:
             self._take(command, request.id)
-
-    def _go_on(self, command: Cancel | Proceed) -> None:
-        """With a request that is here."""
-        if isinstance(command, Cancel):
-            self._role.cancel(command.request_id)
-        else:
-            self._take(command, command.request_id)
 
     def _take(self, command: Command, request_id: str) -> None:
         try:
@@ -260,6 +274,8 @@ class EngineLoop:
 
     def _gauge(self, load: WorkerLoad) -> None:
         role = self._role.role
+        for each in Role:
+            self._metrics.set(metrics.WORKER_ROLE, each is role, role=each)
         self._metrics.set(metrics.WORKER_QUEUED, load.queued_requests, role=role)
         self._metrics.set(metrics.WORKER_RUNNING, load.running_requests, role=role)
         self._metrics.set(metrics.KV_BLOCKS, load.kv_blocks_total, role=role)
@@ -281,6 +297,7 @@ class EngineLoop:
         match switch.next_move(now, idle=self._role.idle):
             case Move.DRAIN:
                 self._lifecycle.move(WorkerState.DRAINING)
+                self._role.drain()
                 switch.drain(now)
                 self._advance_switch(switch, now)
             case Move.ABANDON:

@@ -11,6 +11,7 @@ import torch
 
 from tidemill.core import control_pb2 as pb
 from tidemill.core import wire
+from tidemill.core.channels import NodeChannels
 from tidemill.core.control_pb2_grpc import WorkerStub
 from tidemill.core.messages import DraftCall
 from tidemill.core.model import Peer
@@ -24,16 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-CHANNEL_OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # A peer that is stopped, or behind a cut cable, is given up after 15 s; what waits for it waits far less.
-    ("grpc.keepalive_time_ms", 10_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.http2.max_pings_without_data", 0),
-]
-
 
 class DraftClient:
     """The stream to one draft worker; see workers.speculation.pool.DraftStream.
@@ -41,10 +32,11 @@ class DraftClient:
     The verify role has few calls under way at a time, so the queue stays short whatever the peer does.
     """
 
-    def __init__(self, worker: "Worker", peer: Peer, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, worker: "Worker", peer: Peer, channels: NodeChannels, loop: asyncio.AbstractEventLoop) -> None:
         """From the engine's thread; `run` is to be started on the loop."""
         self._worker = worker
         self._peer = peer
+        self._channels = channels
         self._loop = loop
         self._calls: asyncio.Queue[DraftCall | None] = asyncio.Queue()
 
@@ -62,7 +54,7 @@ class DraftClient:
         """Until either side ends the stream; the worker hears why."""
         why = "closed"
         try:
-            async with grpc.aio.insecure_channel(self._peer.address, options=CHANNEL_OPTIONS) as channel:
+            async with self._channels.open(self._peer.address) as channel:
                 async for reply in WorkerStub(channel).Drafts(self._outgoing()):
                     self._worker.drafts_came(self._peer, wire.draft_reply_from_pb(reply))
         except grpc.aio.AioRpcError as error:
@@ -75,7 +67,7 @@ class DraftClient:
             yield wire.draft_call_to_pb(call)
 
 
-def link_opener(me: Peer, host: str, layout: KvLayout, settings: Settings) -> Opener:
+def link_opener(me: Peer, host: str, layout: KvLayout, channels: NodeChannels, settings: Settings) -> Opener:
     """Opens links from this worker, whose own address is `host`; used on the links' threads."""
     timeout_s, device = settings.deadlines.link_s, torch.device(settings.engine.device)
 
@@ -84,7 +76,7 @@ def link_opener(me: Peer, host: str, layout: KvLayout, settings: Settings) -> Op
             sender=wire.peer_to_pb(me), receiver=wire.worker_id_to_pb(to.id), kv_layout=str(layout)
         )
         try:
-            with grpc.insecure_channel(to.address, options=CHANNEL_OPTIONS) as channel:
+            with channels.open_blocking(to.address) as channel:
                 reply = WorkerStub(channel).OpenLink(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise LinkError(f"{to.id} takes no link: {error.code().name}: {error.details()}") from error

@@ -17,11 +17,12 @@ import grpc
 
 from tidemill.core import control_pb2 as pb
 from tidemill.core import metrics, wire
+from tidemill.core.channels import OPTIONS, NodeChannels
 from tidemill.core.control_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
 from tidemill.core.messages import DraftReply, Event, StepReport
 from tidemill.core.model import Peer, Role
 from workers.mailbox import MailboxFull
-from workers.peers import CHANNEL_OPTIONS, DraftClient
+from workers.peers import DraftClient
 
 if TYPE_CHECKING:
     from workers.worker import Worker
@@ -37,9 +38,10 @@ GRACE_S = 0.2
 class ControlService:
     """See control.proto."""
 
-    def __init__(self, worker: "Worker", host: str) -> None:
+    def __init__(self, worker: "Worker", host: str, channels: NodeChannels) -> None:
         self._worker = worker
         self._host = host
+        self._channels = channels
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, name="control", daemon=True)
         self._routers: dict[int, _RouterStream] = {}
@@ -68,12 +70,9 @@ class ControlService:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(ANSWER_S)
 
     async def _serve(self) -> str:
-        self._server = grpc.aio.server(options=[*CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)])
+        self._server = grpc.aio.server(options=[*OPTIONS, ("grpc.so_reuseport", 0)])
         add_WorkerServicer_to_server(_Servicer(self._worker, self._routers), self._server)
-        try:
-            port = self._server.add_insecure_port(f"{self._host}:0")
-        except RuntimeError as error:
-            raise OSError(f"no port to listen on at {self._host}: {error}") from error
+        port = self._channels.listen(self._server, self._host)
         await self._server.start()
         return f"{self._host}:{port}"
 
@@ -103,7 +102,7 @@ class ControlService:
 
     def connect_drafter(self, peer: Peer) -> DraftClient:
         """See workers.speculation.pool.DraftConnect."""
-        client = DraftClient(self._worker, peer, self._loop)
+        client = DraftClient(self._worker, peer, self._channels, self._loop)
         self._loop.call_soon_threadsafe(lambda: self._spawn(client.run()))
         return client
 

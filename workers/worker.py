@@ -1,7 +1,7 @@
 """A worker: one engine thread, a control service, and the role that says what a step means.
 
     routers, verify workers ──gRPC──> service ──mailbox──> engine thread: role.handle, engine.step, role.after_step
-    prefill workers ──KV links──────────────────^               └──> one StepReport per router and turn
+    workers with KV for it ──KV links───────────^               └──> one StepReport per router and turn
 
 Everything that touches the engine runs on its one thread, as a call from the mailbox or as a part of a step.
 """
@@ -17,9 +17,10 @@ from typing import TypeVar
 import torch
 from prometheus_client import start_http_server
 
+from tidemill.core.channels import NodeChannels
 from tidemill.core.clock import SystemClock
 from tidemill.core.messages import Command, DraftCall, DraftReply
-from tidemill.core.metrics import WORKER_SERIES, Metrics, PassThrough
+from tidemill.core.metrics import WORKER_SERIES, Metrics
 from tidemill.core.model import Peer, Role, WorkerId, WorkerLoad
 from tidemill.core.settings import Settings
 from workers.engine.base import Engine
@@ -82,11 +83,13 @@ class Worker:
         if role is not Role.DRAFT and settings.speculation.enabled and settings.speculation.adaptive:
             measure_steps(engine, self._step_times)
         self.metrics = Metrics(WORKER_SERIES)
-        self.metrics.registry.register(PassThrough("vllm:"))  # what vLLM says of itself, where it is the engine
+        if engine.info.kind == "vllm":
+            self.metrics.pass_through("vllm:")
         self._mailbox = Mailbox()
-        self._service = ControlService(self, host)
+        self._channels = NodeChannels(settings.network.tls)
+        self._service = ControlService(self, host, self._channels)
         self._links: LinkHost | None = None  # made with the first verify role
-        self._feeders: list[Outgoing] = []  # the prefill role's, which closes them; waited for at the end
+        self._feeders: list[Outgoing] = []  # the roles', which close them; waited for at the end
         self._address = ""
         self._running = False
 
@@ -95,7 +98,9 @@ class Worker:
     def start(self) -> Peer:
         """Listen, serve, and say where. Raises OSError if no port can be had."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self._metrics_server, _ = start_http_server(0, self._host, self.metrics.registry)
+        self._metrics_server, _ = start_http_server(
+            self._settings.metrics.worker_port, self._host, self.metrics.registry, **self._channels.metrics_tls
+        )
         self._address = self._service.start()
         self._loop = EngineLoop(
             self._name,
@@ -186,22 +191,23 @@ class Worker:
 
     def make(self, role: Role, engine: Engine, me: WorkerId, outbox: Outbox) -> WorkerRole:
         peer = Peer(me, self._address)
-        if role is Role.PREFILL:
-            opener = link_opener(peer, self._host, engine.info.kv, self._settings)
-
-            def feed(to: Peer, sent: Sent, failed: NotSent) -> Outgoing:
-                self._feeders = [each for each in self._feeders if not each.join(0.0)]
-                self._feeders.append(Outgoing(to, sent, failed, opener))
-                return self._feeders[-1]
-
-            return PrefillRole(engine, outbox, self._settings, self.metrics, feed, self._mailbox.deliver)
         if role is Role.DRAFT:
             return DraftRole(engine, outbox, self._settings)
+        opener = link_opener(peer, self._host, engine.info.kv, self._channels, self._settings)
+
+        def feed(to: Peer, sent: Sent, failed: NotSent) -> Outgoing:
+            self._feeders = [each for each in self._feeders if not each.join(0.0)]
+            self._feeders.append(Outgoing(to, sent, failed, opener))
+            return self._feeders[-1]
+
+        deliver = self._mailbox.deliver
+        if role is Role.PREFILL:
+            return PrefillRole(engine, outbox, self._settings, self.metrics, feed, deliver)
         if self._links is None:
             device, timeout_s = torch.device(self._settings.engine.device), self._settings.deadlines.link_s
             self._links = LinkHost(self._host, engine.info.kv, device, timeout_s, self._kv_came)
         drafters = DrafterPool(self._settings.speculation.wait_s, self._service.connect_drafter)
-        return VerifyRole(engine, outbox, self._settings, self.metrics, peer, drafters, self._step_times)
+        return VerifyRole(engine, outbox, self._settings, self.metrics, peer, drafters, self._step_times, feed, deliver)
 
     def leave(self) -> None:
         if self._links is not None:
@@ -241,10 +247,12 @@ class Worker:
         self._mailbox.deliver(run)
 
     def drafts_came(self, peer: Peer, reply: DraftReply) -> None:
+        came_at = time.monotonic()  # a step may be under way; the draft worker is not late for that
+
         def run() -> None:
             role = self._loop.role
             if isinstance(role, VerifyRole):
-                role.on_drafts(peer, reply, time.monotonic())
+                role.on_drafts(peer, reply, came_at)
 
         self._mailbox.deliver(run)
 
@@ -267,7 +275,7 @@ class Worker:
         self._mailbox.deliver(run)
 
     def accept_link(self, sender: Peer, receiver: WorkerId, layout: str) -> tuple[str, str]:
-        """(rendezvous, group) for a prefill worker that is about to send. Raises ValueError if it has the wrong one."""
+        """(rendezvous, group) for a worker that is about to send KV. Raises ValueError if it has the wrong one."""
         standing, links = self._loop.standing, self._links
         if receiver != standing.worker:
             raise ValueError(f"{receiver} is gone; this is {standing.worker}")

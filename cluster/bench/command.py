@@ -325,10 +325,10 @@ def _plotter() -> Callable[[Path, Results], None] | None:
     """None where matplotlib is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
         return None
-    from cluster.bench.plots import plot_distributions, plot_rates  # noqa: PLC0415 - an extra, and slow to import
+    from cluster.bench.plots import by_class, plot_distributions, plot_rates  # noqa: PLC0415 - an extra, and slow to import
 
     def plot(folder: Path, results: Results) -> None:
-        plot_rates(folder / "rates.png", results.rows)
+        plot_rates(folder / "rates.png", by_class(results.rows))
         plot_distributions(folder / "latencies.png", results.exchanges, results.goals)
 
     return plot

@@ -13,16 +13,23 @@ from tidemill import Slo
 WIDE = (9.0, 3.6)  # inches
 
 
-def plot_rates(path: Path, rows: Sequence[ClassSummary]) -> None:
+def by_class(rows: Iterable[ClassSummary]) -> dict[str, list[ClassSummary]]:
+    """A line for each class."""
+    lines: dict[str, list[ClassSummary]] = {}
+    for row in rows:
+        lines.setdefault(row.slo_class, []).append(row)
+    return lines
+
+
+def plot_rates(path: Path, lines: Mapping[str, Sequence[ClassSummary]], bold: str = ALL) -> None:
     """Against the rate offered: the share of requests in their goal, and how many that is a second."""
     figure, (left, right) = _two_axes()
-    for name in dict.fromkeys(row.slo_class for row in rows):
-        own = [row for row in rows if row.slo_class == name]
-        style = {"color": "black", "linewidth": 2.0} if name == ALL else {}
-        rates = [row.rate for row in own]
-        left.plot(rates, [100 * row.attainment for row in own], marker="o", label=name, **style)  # type: ignore[arg-type]
-        right.plot(rates, [row.goodput for row in own], marker="o", label=name, **style)  # type: ignore[arg-type]
-    offered = [0.0, max(row.rate for row in rows)]
+    for name, rows in lines.items():
+        style = {"color": "black", "linewidth": 2.0} if name == bold else {}
+        rates = [row.rate for row in rows]
+        left.plot(rates, [100 * row.attainment for row in rows], marker="o", label=name, **style)  # type: ignore[arg-type]
+        right.plot(rates, [row.goodput for row in rows], marker="o", label=name, **style)  # type: ignore[arg-type]
+    offered = [0.0, max(row.rate for rows in lines.values() for row in rows)]
     right.plot(offered, offered, linestyle=":", color="grey", label="offered")
     left.axhline(90, linestyle=":", color="grey")
     left.set(xlabel="requests / s", ylabel="in their goal, %", xlim=(0, None), ylim=(-3, 103))

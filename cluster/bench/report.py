@@ -2,7 +2,7 @@
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -66,19 +66,21 @@ def write_requests(path: Path, exchanges: Iterable[Exchange]) -> None:
         arrival = row.pop("arrival")
         arrival["wanted_tokens"] = arrival.pop("output_tokens")
         rows.append(_rounded({"rate": row.pop("rate"), "number": row.pop("number")} | arrival | row))
-    _write(path, rows)
+    write_rows(path, rows)
 
 
 def write_summary(path: Path, summaries: Iterable[ClassSummary]) -> None:
     """One line for each rate and class. Times in seconds."""
-    rows = []
-    for each in summaries:
-        row = asdict(each) | {"failed": each.failed, "dropped": each.dropped}
-        for name in ("ttft_s", "tpot_s"):
-            values = row.pop(name)
-            row |= {f"{name[:-2]}_p{percent}_s": value for percent, value in zip(PERCENTS, values, strict=True)}
-        rows.append(_rounded(row))
-    _write(path, rows)
+    write_rows(path, [summary_row(each) for each in summaries])
+
+
+def summary_row(summary: ClassSummary) -> dict[str, object]:
+    """By column."""
+    row = asdict(summary) | {"failed": summary.failed, "dropped": summary.dropped}
+    for name in ("ttft_s", "tpot_s"):
+        values = row.pop(name)
+        row |= {f"{name[:-2]}_p{percent}_s": value for percent, value in zip(PERCENTS, values, strict=True)}
+    return _rounded(row)
 
 
 def _rounded(row: dict[str, object]) -> dict[str, object]:
@@ -92,7 +94,8 @@ def _rounded(row: dict[str, object]) -> dict[str, object]:
     return {name: shown(value) for name, value in row.items()}
 
 
-def _write(path: Path, rows: Sequence[dict[str, object]]) -> None:
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Columns are those of the first row."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else [])
         writer.writeheader()

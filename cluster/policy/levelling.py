@@ -1,12 +1,13 @@
 """Which decoding requests should move to another verify worker, by how free the workers are.
 
-Llumnix (OSDI'24): freeness = (blocks - virtual usage) / requests, so it says for how many steps the batch may go on.
+Llumnix (OSDI'24): freeness = (blocks - virtual usage) / requests, so it says how far the batch may go on.
 A running request's virtual usage is its blocks and some headroom, the first queued one's what it asks for, that of a
-worker that is to leave infinite. The least and the most free worker are paired, as long as that brings them nearer.
+worker that is to leave infinite. The least and the most free worker are paired, as long as that brings them nearer, and
+only while the least free one is short.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -60,6 +61,7 @@ class LevellingConfig:
     """When it is worth moving a request, and how many at once."""
 
     headroom_blocks: int = 4  # for each running request and step of priority
+    low: float = 32.0  # freeness from which on a worker keeps what it has
     gap: float = 16.0  # difference in freeness that is let be
     at_once: int = 4  # migrations begun in one decision
 
@@ -78,7 +80,7 @@ def level(holders: Sequence[Holder], config: LevellingConfig) -> Decision[tuple[
     moves: list[Migration] = []
     reasons: list[StrEnum] = []
     while len(moves) < config.at_once:
-        found = _next_move(tuple(now.values()), config)
+        found = _next_move(tuple(now.values()), config, {each.request_id for each in moves})
         reasons.append(found.reason)
         if found.choice is None:
             break
@@ -88,7 +90,9 @@ def level(holders: Sequence[Holder], config: LevellingConfig) -> Decision[tuple[
     return Decision(tuple(moves), reasons[0] if reasons else LevellingReason.EVEN)
 
 
-def _next_move(holders: Sequence[Holder], config: LevellingConfig) -> Decision[tuple[Holder, Holder, Held] | None]:
+def _next_move(
+    holders: Sequence[Holder], config: LevellingConfig, moved: Set[str]
+) -> Decision[tuple[Holder, Holder, Held] | None]:
     source = min((each for each in holders if each.running), key=lambda each: freeness(each, config), default=None)
     if source is None:
         return Decision(None, LevellingReason.EVEN)
@@ -97,19 +101,23 @@ def _next_move(holders: Sequence[Holder], config: LevellingConfig) -> Decision[t
     taker = max(takers, key=lambda each: freeness(each, config), default=None)
     if taker is None:
         return Decision(None, refused)
-    if not source.leaving and freeness(taker, config) - freeness(source, config) <= config.gap:
+    short = freeness(source, config)
+    if not source.leaving and (short >= config.low or freeness(taker, config) - short <= config.gap):
         return Decision(None, LevellingReason.EVEN)
-    victim = _victim(source, taker, config)
+    victim = _victim(source, taker, config, moved)
     if victim is None:
         return Decision(None, refused)
     return Decision((source, taker, victim), LevellingReason.LEAVING if source.leaving else LevellingReason.UNEVEN)
 
 
-def _victim(source: Holder, taker: Holder, config: LevellingConfig) -> Held | None:
-    """Of the least priority the shortest; None if nobody fits, or the two would not be nearer to each other."""
+def _victim(source: Holder, taker: Holder, config: LevellingConfig, moved: Set[str]) -> Held | None:
+    """Of the least priority the shortest that does not move already.
+
+    None if nobody fits, or the two would not be nearer to each other.
+    """
     gap = freeness(taker, config) - freeness(source, config)
     for each in sorted(source.running, key=lambda held: (held.priority, held.blocks, held.request_id)):
-        if each.blocks + config.headroom_blocks > taker.free:
+        if each.request_id in moved or each.blocks + config.headroom_blocks > taker.free:
             continue
         if source.leaving:
             return each

@@ -2,10 +2,13 @@
 
 import json
 import os
+import pty
 import re
+import select
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from collections.abc import Iterator
@@ -16,8 +19,8 @@ from typing import Any
 import psutil
 import pytest
 
-from cluster.head import free_port
 from tests.support.engines import bundled_engine, one_by_one
+from tests.support.operator import Operator
 from tidemill import Client
 from tidemill.core.model import Request
 from tidemill.core.settings import EngineSettings
@@ -26,39 +29,6 @@ from tidemill.types import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(240)
-
-
-class Operator:
-    """Runs `tidemill` with a state folder of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        self.config = folder / "cluster.yaml"
-        self.env = os.environ | {"XDG_STATE_HOME": str(folder / "state"), "COLUMNS": "200"}
-        self.write()
-
-    def write(self, **changes: Any) -> None:
-        document: dict[str, Any] = {
-            "name": "test",
-            "target": {"path": str(ROOT / "models" / "target")},
-            "draft": {"path": str(ROOT / "models" / "draft")},
-            "engine": {"dtype": "float32"},
-            "router": {"port": self.port},
-            "controller": {"sustain_s": 3600},  # decides, but here roles change on command only
-        }
-        self.config.write_text(json.dumps(document | changes))  # JSON is YAML
-
-    def run(self, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-        command = [str(Path(sys.executable).parent / "tidemill"), *arguments]
-        return subprocess.run(
-            command, env=self.env, cwd=ROOT, input=stdin, capture_output=True, text=True, timeout=150, check=False
-        )
-
-    def status(self) -> dict[str, Any]:
-        done = self.run("status", "--name", "test", "--json")
-        assert done.returncode == 0, done.stderr
-        document: dict[str, Any] = json.loads(done.stdout)
-        return document
 
 
 @pytest.fixture
@@ -103,6 +73,55 @@ def test_status_shows_every_worker(up: Operator) -> None:
     assert roles == ["draft", "prefill", "verify", "verify"]
     assert {worker["state"] for worker in status["workers"]} == {"serving"}
     assert "verify-1@" in up.run("status", "--name", "test").stdout
+
+
+def test_top_and_trace_tell_of_the_requests(up: Operator) -> None:
+    with Client(f"127.0.0.1:{up.port}") as client:
+        served = client.generate("def f(x):" * 20, max_tokens=5).summary
+    picture = json.loads(up.run("top", "--name", "test", "--once", "--json").stdout)
+    assert picture["front"]["address"] == up.status()["address"]
+    assert [each["role"] for each in picture["workers"]] == ["prefill", "draft", "verify", "verify"]
+    assert picture["classes"][0]["finished"] >= 1
+    assert picture["decisions"], "the controller tells the router of its decisions"
+    assert "verify-1" in up.run("top", "--name", "test", "--once").stdout
+    trace = json.loads(up.run("trace", served.request_id, "--name", "test", "--json").stdout)
+    assert trace["output_tokens"] == 5
+    assert {span["worker"] for span in trace["spans"]} >= {served.route.verify_worker, served.route.prefill_worker}
+    assert trace["timing"]["ttft_s"] == pytest.approx(served.timing.ttft_s)
+    assert served.request_id in up.run("trace", "--name", "test").stdout
+    unknown = up.run("trace", "nonesuch", "--name", "test")
+    assert (unknown.returncode, "does not remember a request 'nonesuch'" in unknown.stderr) == (1, True)
+
+
+@pytest.mark.parametrize(("keys", "expected"), [(b"q", 0), (b"\x03", 130)])
+def test_top_draws_until_told_to_end_and_leaves_the_terminal_as_it_was(
+    up: Operator, keys: bytes, expected: int
+) -> None:
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    process = subprocess.Popen(
+        ["setsid", "--ctty", str(Path(sys.executable).parent / "tidemill"), "top", "--name", "test"],
+        env=up.env | {"TERM": "xterm-256color", "COLUMNS": "80", "LINES": "24"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    seen = b""
+    while seen.count(b"goals kept") < 2:
+        assert select.select([ours], [], [], 30)[0], seen
+        seen += os.read(ours, 65536)
+    os.write(ours, keys)
+    while process.poll() is None:
+        if select.select([ours], [], [], 0.1)[0]:
+            seen += os.read(ours, 65536)
+    while select.select([ours], [], [], 0.1)[0]:
+        seen += os.read(ours, 65536)
+    assert process.returncode == expected
+    assert b"Traceback" not in seen
+    assert seen.count(b"\x1b[?1049h") == seen.count(b"\x1b[?1049l") == 1, "the screen that was there is shown again"
+    assert termios.tcgetattr(theirs) == before
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_second_up_says_so(up: Operator) -> None:

@@ -202,7 +202,7 @@ class Cluster:
         config = router_settings(router={"max_retries": max_retries, "max_active": 4}, deadlines=STAGES)
         self.counters, clock, rng = Metrics(ROUTER_SERIES), LoopClock(), random.Random(0)
         telemetry = Telemetry((5.0,), clock.monotonic())
-        self.pools = PoolsView(clock, telemetry, attach=self._attach)
+        self.pools = PoolsView(clock, self._attach, telemetry)
         self.gate = Gate(AdmissionLimits(4, 8), self.counters)
         self.router = Router(config, self.pools, self.gate, telemetry, self.counters, clock, rng)
 

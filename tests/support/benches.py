@@ -57,6 +57,7 @@ class ManualFeeder:
     waiting: list[KvMessage] = field(default_factory=list)
     backlog_bytes: int = 0
     prepared: bool = False
+    connected: bool = True
     closed: bool = False
 
     def prepare(self) -> None:
@@ -132,12 +133,14 @@ class Bench:
     # --- workers.loop.Roles -------------------------------------------------------------------------------------
 
     def make(self, role: Role, engine: Engine, me: WorkerId, outbox: Outbox) -> WorkerRole:
+        deliver = self.mailbox.deliver
         if role is Role.PREFILL:
-            return PrefillRole(engine, outbox, self.settings, self.metrics, self._feed, self.mailbox.deliver)
+            return PrefillRole(engine, outbox, self.settings, self.metrics, self._feed, deliver)
         if role is Role.DRAFT:
             return DraftRole(engine, outbox, self.settings)
         pool = DrafterPool(self.settings.speculation.wait_s, self._connect)
-        return VerifyRole(engine, outbox, self.settings, self.metrics, Peer(me, "here"), pool, self.times)
+        peer = Peer(me, "here")
+        return VerifyRole(engine, outbox, self.settings, self.metrics, peer, pool, self.times, self._feed, deliver)
 
     def leave(self) -> None:
         self.left += 1
@@ -220,6 +223,35 @@ class Bench:
         self.engine.check()
 
 
+def carry_kv(sender: Bench, receiver: Bench, most: int = 10**9) -> int:
+    """Deliver up to so many messages of the link between them; returns how many. The sender hears of it in its turn."""
+    feeder = sender.feeders.get(receiver.me.id)
+    carried = 0
+    while feeder is not None and feeder.waiting and carried < most:
+        message = feeder.pop()
+        arrival = Arrival(
+            "link",
+            str(sender.me.id),
+            message.lease_id,
+            message.first_block,
+            message.kv,
+            message.first_layer,
+            message.output,
+        )
+        receiver.verify.on_kv(arrival, receiver.clock.monotonic())
+        feeder.sent(message, 0.001)
+        carried += 1
+    return carried
+
+
+def break_link(sender: Bench, receiver: Bench) -> None:
+    """Both ends learn of it."""
+    receiver.verify.on_kv(Arrival("link", str(sender.me.id), error="cut"), receiver.clock.monotonic())
+    feeder = sender.feeders.get(receiver.me.id)
+    if feeder is not None:
+        feeder.break_link()
+
+
 @dataclass
 class Trio:
     """A prefill, a verify and a draft worker, and what is on its way between them."""
@@ -252,22 +284,11 @@ class Trio:
 
     def carry_kv(self, most: int = 10**9) -> int:
         """Deliver up to so many messages of the link; returns how many."""
-        feeder = self.prefill.feeders.get(self.verify.me.id)
-        carried = 0
-        while feeder is not None and feeder.waiting and carried < most:
-            message = feeder.pop()
-            arrival = Arrival("link", str(self.prefill.me.id), message.lease_id, message.first_block, message.kv)
-            self.verify.verify.on_kv(arrival, self.verify.clock.now)
-            feeder.sent(message, 0.001)
-            carried += 1
-        return carried
+        return carry_kv(self.prefill, self.verify, most)
 
     def break_link(self) -> None:
         """Both ends learn of it."""
-        self.verify.verify.on_kv(Arrival("link", str(self.prefill.me.id), error="cut"), self.verify.clock.now)
-        feeder = self.prefill.feeders.get(self.verify.me.id)
-        if feeder is not None:
-            feeder.break_link()
+        break_link(self.prefill, self.verify)
 
     def carry_calls(self) -> None:
         """Deliver the verify worker's calls and let the draft worker finish them; the replies wait in `replies`."""

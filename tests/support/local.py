@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -151,15 +151,16 @@ class ProcessWorker:
 
 @contextlib.asynccontextmanager
 async def process_cluster(
-    settings: Settings, roles: Sequence[Role] = ALL_ROLES
+    settings: Settings, roles: Sequence[Role] = ALL_ROLES, reached: Callable[[Member], Awaitable[Member]] | None = None
 ) -> AsyncIterator[tuple[AsyncClient, RouterServer, list[ProcessWorker]]]:
-    """Workers in processes of their own; (client, router, workers)."""
+    """Workers in processes of their own; (client, router, workers). `reached` may put another address in a worker's
+    place, by which all others know it then."""
     workers = [ProcessWorker(name, role, settings) for name, role in member_names(roles)]
     router = RouterServer(settings)
     address = await router.start()
     try:
         members = [await asyncio.to_thread(worker.wait) for worker in workers]
-        await router.set_members(members)
+        await router.set_members([await reached(each) for each in members] if reached else members)
         deadline = time.monotonic() + 10
         while len(router._pools.snapshot().workers) < len(roles):
             assert time.monotonic() < deadline, "the workers do not answer"

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 import tidemill
 from tidemill import errors
 from tidemill.core import lifecycle, messages, wire
-from tidemill.core.metrics import ROUTER_SERIES, TTFT, WORKER_SERIES, Metrics, PassThrough
+from tidemill.core.metrics import ROUTER_SERIES, TTFT, WORKER_SERIES, Metrics
 from tidemill.core.model import Peer, Request, Role, SloClass, WorkerId, WorkerLoad
 from tidemill.core.settings import SettingsError, load_settings
 from tidemill.core.text import TextStream, TokenizerError, load_tokenizer
@@ -73,6 +73,8 @@ class TestSettings:
             ("pools: {draft: 0}", "target: Field required"),
             ("target: {path: m}", "needs a `draft` model"),
             ("target: {path: m}\npools: {draft: 0}\nrouter: {host: 0.0.0.0}", "is not loopback"),
+            ("target: {path: m}\npools: {draft: 0}\nstatus_page: {host: '::'}", "status_page.host '::' is not"),
+            ("target: {path: m}\npools: {draft: 0}\ntraces: {endpoint: 'otel:4317'}", "traces.endpoint"),
             ("target: {path: m}\npools: {draft: 0}\nengine: {dtype: int4}", "engine.dtype"),
             ("- a list", "expected a mapping"),
             ("a: [", "is not YAML"),
@@ -130,6 +132,8 @@ events = st.one_of(
     st.builds(messages.Refused, names, st.sampled_from(messages.Refusal)),
     st.builds(messages.Prefilled, names, st.floats(0, 9), st.floats(0, 9)),
     st.builds(messages.Failed, names, st.sampled_from(messages.Failure), names),
+    st.builds(messages.Paused, names, st.integers(0, 2**60)),
+    st.builds(messages.Staying, names, st.integers(0, 2**60), st.sampled_from(messages.Stay)),
     st.builds(
         messages.Tokens,
         names,
@@ -143,10 +147,12 @@ events = st.one_of(
 )
 loads = st.builds(WorkerLoad, *[st.integers(0, 9)] * 8, st.floats(0, 9))
 commands = st.one_of(
-    st.builds(messages.Reserve, requests, st.floats(0, 9), st.none() | peers),
+    st.builds(messages.Reserve, requests, st.floats(0, 9), st.none() | peers, st.integers(0, 999)),
     st.builds(messages.Submit, requests, st.none() | peers),
     st.builds(messages.Prefill, requests, leases),
     st.builds(messages.Cancel, names),
+    st.builds(messages.Migrate, names, leases, st.integers(0, 2**31)),
+    st.builds(messages.Resume, names),
 )
 
 
@@ -276,7 +282,7 @@ def test_public_types_are_frozen() -> None:
 def test_series_of_a_library_pass_through_by_name() -> None:
     ours, other = Gauge("vllm:depth", "of a queue"), Gauge("foreign_depth", "of another")
     metrics = Metrics(WORKER_SERIES)
-    metrics.registry.register(PassThrough("vllm:"))
+    metrics.pass_through("vllm:")
     try:
         ours.set(3)
         other.set(4)

@@ -79,7 +79,7 @@ class WorkerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def OpenLink(self, request, context):
-        """A prefill worker announces the KV link it is about to open; the answer says where to meet.
+        """A worker that will send KV announces the link it is about to open; the answer says where to meet.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,7 +93,7 @@ class WorkerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetRole(self, request, context):
-        """Stops new work, gives up what runs (routers take it elsewhere), switches, and answers under a new epoch.
+        """Stops new work, waits until routers have moved what runs or it has ended, switches, answers under a new epoch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -36,11 +36,11 @@ class WorkerStub:
     Drafts: _grpc.StreamStreamMultiCallable[_control_pb2.DraftCall, _control_pb2.DraftReply]
     """One stream per verify and draft worker: at most one call and one reply a step."""
     OpenLink: _grpc.UnaryUnaryMultiCallable[_control_pb2.OpenLinkRequest, _control_pb2.OpenLinkReply]
-    """A prefill worker announces the KV link it is about to open; the answer says where to meet."""
+    """A worker that will send KV announces the link it is about to open; the answer says where to meet."""
     Describe: _grpc.UnaryUnaryMultiCallable[_control_pb2.DescribeRequest, _control_pb2.Description]
     """Role, load and addresses. Not a health check: health is token progress."""
     SetRole: _grpc.UnaryUnaryMultiCallable[_control_pb2.SetRoleRequest, _control_pb2.Description]
-    """Stops new work, gives up what runs (routers take it elsewhere), switches, and answers under a new epoch."""
+    """Stops new work, waits until routers have moved what runs or it has ended, switches, answers under a new epoch."""
 
 @_typing.type_check_only
 class WorkerAsyncStub(WorkerStub):
@@ -50,11 +50,11 @@ class WorkerAsyncStub(WorkerStub):
     Drafts: _aio.StreamStreamMultiCallable[_control_pb2.DraftCall, _control_pb2.DraftReply]  # type: ignore[assignment]
     """One stream per verify and draft worker: at most one call and one reply a step."""
     OpenLink: _aio.UnaryUnaryMultiCallable[_control_pb2.OpenLinkRequest, _control_pb2.OpenLinkReply]  # type: ignore[assignment]
-    """A prefill worker announces the KV link it is about to open; the answer says where to meet."""
+    """A worker that will send KV announces the link it is about to open; the answer says where to meet."""
     Describe: _aio.UnaryUnaryMultiCallable[_control_pb2.DescribeRequest, _control_pb2.Description]  # type: ignore[assignment]
     """Role, load and addresses. Not a health check: health is token progress."""
     SetRole: _aio.UnaryUnaryMultiCallable[_control_pb2.SetRoleRequest, _control_pb2.Description]  # type: ignore[assignment]
-    """Stops new work, gives up what runs (routers take it elsewhere), switches, and answers under a new epoch."""
+    """Stops new work, waits until routers have moved what runs or it has ended, switches, answers under a new epoch."""
 
 class WorkerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -79,7 +79,7 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.OpenLinkRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.OpenLinkReply, _abc.Awaitable[_control_pb2.OpenLinkReply]]:
-        """A prefill worker announces the KV link it is about to open; the answer says where to meet."""
+        """A worker that will send KV announces the link it is about to open; the answer says where to meet."""
 
     @_abc_1.abstractmethod
     def Describe(
@@ -95,6 +95,6 @@ class WorkerServicer(metaclass=_abc_1.ABCMeta):
         request: _control_pb2.SetRoleRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.Description, _abc.Awaitable[_control_pb2.Description]]:
-        """Stops new work, gives up what runs (routers take it elsewhere), switches, and answers under a new epoch."""
+        """Stops new work, waits until routers have moved what runs or it has ended, switches, answers under a new epoch."""
 
 def add_WorkerServicer_to_server(servicer: WorkerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -54,6 +54,25 @@ LEASE_MOVES: Mapping[LeaseState, frozenset[LeaseState]] = {
 }
 
 
+class MoveState(StrEnum):
+    """A decoding request on its way to another verify worker, see router/move.py."""
+
+    RESERVING = "reserving"
+    COPYING = "copying"  # the source decodes on
+    RESUMING = "resuming"  # the source has paused
+    MOVED = "moved"
+    CALLED_OFF = "called_off"  # it decodes where it did, unless it has ended
+
+
+MOVE_MOVES: Mapping[MoveState, frozenset[MoveState]] = {
+    MoveState.RESERVING: frozenset({MoveState.COPYING, MoveState.CALLED_OFF}),
+    MoveState.COPYING: frozenset({MoveState.RESUMING, MoveState.CALLED_OFF}),
+    MoveState.RESUMING: frozenset({MoveState.MOVED, MoveState.CALLED_OFF}),
+    MoveState.MOVED: frozenset(),
+    MoveState.CALLED_OFF: frozenset(),
+}
+
+
 class WorkerState(StrEnum):
     """A worker process; a role switch is SERVING -> DRAINING -> SWITCHING -> SERVING under a new epoch."""
 

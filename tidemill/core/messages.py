@@ -2,8 +2,8 @@
 
 A router and a worker share one long-lived stream. The router sends commands; the worker answers each turn of its
 engine loop with at most one `StepReport`, which carries the events of all of that router's requests.
-A prefill worker talks to a verify worker over the KV link only; a verify worker asks a draft worker for drafts over a
-stream of their own, at most one `DraftCall` and one `DraftReply` a step.
+Workers that hand KV over talk to each other over the KV link only; a verify worker asks a draft worker for drafts over
+a stream of their own, at most one `DraftCall` and one `DraftReply` a step.
 """
 
 from dataclasses import dataclass
@@ -34,6 +34,14 @@ class Failure(StrEnum):
     STOPPING = "stopping"
 
 
+class Stay(StrEnum):
+    """Why a worker does not let a request go; it decodes on there."""
+
+    NOT_DECODING = "not_decoding"  # its KV is being computed: it has not begun, or was preempted
+    NO_ROOM = "no_room"  # it has grown beyond its lease
+    KV_LINK = "kv_link"  # the link to the lease's holder broke before all was sent
+
+
 @dataclass(frozen=True, slots=True)
 class Lease:
     """KV blocks a verify worker holds for a request whose KV will come from elsewhere.
@@ -56,11 +64,16 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Reserve:
-    """Hold blocks for a request whose KV comes over a link, then decode it. Answer: `LeaseGranted` or `Refused`."""
+    """Hold blocks for a request whose KV comes over a link, then decode it. Answer: `LeaseGranted` or `Refused`.
+
+    With `headroom_tokens` the request decodes elsewhere meanwhile, and there are blocks for so many tokens more. It
+    decodes here once its last blocks have come, and those tokens with them.
+    """
 
     request: Request
     ttl_s: float
     drafter: Peer | None = None
+    headroom_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +109,28 @@ class Proceed:
     request_id: str
 
 
-Command = Reserve | Submit | Prefill | Cancel | Proceed
+@dataclass(frozen=True, slots=True)
+class Migrate:
+    """Send a decoding request's KV to the lease's holder while it decodes on; with little left, pause it and send that
+    too, with the tokens that came after the `known_tokens` of prompt and output that the holder was told.
+
+    Answer: `Paused` or `Staying`; none if the request has ended.
+    """
+
+    request_id: str
+    lease: Lease
+    known_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Decode a request on that was to be moved away. Never answered; harmless if unknown, or if it decodes anyway."""
+
+    request_id: str
+
+
+NewWork = Reserve | Submit | Prefill
+Command = NewWork | Cancel | Proceed | Migrate | Resume
 
 
 # --- worker -> router -------------------------------------------------------------------------------------------
@@ -158,7 +192,24 @@ class Failed:
     detail: str
 
 
-Event = LeaseGranted | Refused | Prefilled | Tokens | Failed
+@dataclass(frozen=True, slots=True)
+class Paused:
+    """All KV of a request is with the link to its lease. It is kept, and gets no token here, until `Resume`."""
+
+    request_id: str
+    lease_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Staying:
+    """The request was not moved to this lease, and decodes on here."""
+
+    request_id: str
+    lease_id: int
+    reason: Stay
+
+
+Event = LeaseGranted | Refused | Prefilled | Tokens | Failed | Paused | Staying
 
 
 @dataclass(frozen=True, slots=True)

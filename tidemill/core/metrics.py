@@ -8,7 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
@@ -32,6 +40,14 @@ class Series:
     labels: tuple[str, ...] = ()
     buckets: tuple[float, ...] = ()
 
+    @property
+    def unit(self) -> str:
+        """Of a sample's value. Names end in it, but for the words Prometheus wants last."""
+        words = self.name.split("_")
+        return next((unit for unit in UNITS if unit in words), "1")
+
+
+UNITS = ("seconds", "bytes", "tokens", "blocks", "requests", "steps")
 
 # Seconds; from half a millisecond (a small model's step) to the longest deadline anyone sets.
 LATENCY_BUCKETS = (
@@ -86,6 +102,25 @@ REQUESTS = _counter(
     "requests_total", "Requests by outcome: finish reason, or kind of error.",
     "Errors other than the clients' own: see the router's log.", "outcome",
 )  # fmt: skip
+SLO_REQUESTS = _counter(
+    "slo_requests_total", "Requests by whether they kept their class's goal; the callers' own errors do not count.",
+    "ttft_missed: add prefill workers; tpot_missed: add verify workers; failed: see outcomes.", "slo_class", "verdict",
+)  # fmt: skip
+OUTPUT_TOKENS = _counter(
+    "output_tokens_total", "Tokens sent to clients.", "Throughput; follows the load.", "slo_class",
+)  # fmt: skip
+GOODPUT_TOKENS = _counter(
+    "goodput_tokens_total", "Tokens of requests that kept their goal.",
+    "Below the tokens sent: work was done too late; admit less or add workers.", "slo_class",
+)  # fmt: skip
+REQUEST_VERIFIES = _counter(
+    "request_verify_steps_total", "Steps in which requests got tokens, counted when they end.",
+    "Base of accepted tokens per verify.", "slo_class",
+)  # fmt: skip
+REQUEST_ACCEPTED = _counter(
+    "request_accepted_tokens_total", "Draft tokens accepted, counted when requests end.",
+    "A falling share of the steps: the draft fits this class's texts less.", "slo_class",
+)  # fmt: skip
 ROUTER_QUEUED = _gauge("router_queued_requests", "Requests waiting to be admitted.", "Sustained: add workers.")
 ROUTER_ACTIVE = _gauge("router_active_requests", "Requests being served.", "At its limit: raise it or add workers.")
 DECISIONS = _counter(
@@ -96,6 +131,15 @@ RETRIES = _counter(
     "retries_total", "Requests taken elsewhere, by the failure that caused it.",
     "Look at the workers that failed.", "failure",
 )  # fmt: skip
+MIGRATIONS = _counter(
+    "migrations_total", "Moves of decoding requests to other verify workers, by how they ended and why they began.",
+    "Refused: the others are full. Failed or timeout: look at the KV links. What did not move decodes where it was.",
+    "outcome", "reason",
+)  # fmt: skip
+MIGRATION_PAUSE = _latency(
+    "migration_pause", "Time a request that moved got no token: from its pause to its first token elsewhere.",
+    "Steps of the verify workers are long, or the router is busy.",
+)  # fmt: skip
 CANCEL_TO_RELEASE = _latency(
     "cancel_to_release", "From a client's leaving to all its workers having been told.",
     "The router's event loop is too busy.",
@@ -103,6 +147,10 @@ CANCEL_TO_RELEASE = _latency(
 
 # --- worker -----------------------------------------------------------------------------------------------------
 
+WORKER_ROLE = _gauge(
+    "worker_role", "1 for the role a worker has now, 0 for the others.",
+    "Often, and back again: roles flap; see the reasons of the switches.", "role",
+)  # fmt: skip
 STEPS = _counter("worker_steps_total", "Engine steps.", "None while requests run: the worker is stalled.", "role")
 STEP_TIME = _latency("worker_step", "Duration of an engine step.", "Smaller batches or chunks shorten it.", "role")
 STEP_TOKENS = Series(
@@ -124,6 +172,10 @@ KV_BLOCKS_LEASED = _gauge(
 LEASES = _counter("kv_leases_total", "Leases by how they ended.", "Expired ones: a prefill worker or link died.", "end")
 TRANSFER_BYTES = _counter("kv_transfer_bytes_total", "KV bytes over links.", "Bandwidth in use.", "direction")
 TRANSFER_TIME = _latency("kv_transfer", "Time of one KV message on a link.", "Links are slow or shared.", "direction")
+MIGRATION_BYTES = _counter(
+    "migration_bytes_total", "KV bytes sent to other verify workers for requests that move there.",
+    "Bandwidth that moves take from hand-overs.",
+)  # fmt: skip
 DRAFTED = _counter("draft_tokens_total", "Draft tokens verified.", "None: drafts are late or off.")
 ACCEPTED = _counter("accepted_tokens_total", "Draft tokens accepted.", "Falling share: the draft fits the load less.")
 VERIFIES = _counter("verify_steps_total", "Sequences verified or decoded, one a step.", "Base of tokens per verify.")
@@ -195,22 +247,39 @@ ATTAINMENT = _gauge(
 
 CONTROLLER_SERIES = (CONTROLLER_DECISIONS, ROLE_SWITCHES, ROLE_SWITCH_TIME, WORKERS, ROLE_LOAD, ATTAINMENT)
 ROUTER_SERIES = (
-    TTFT, TTFT_QUEUE, TTFT_PREFILL, TTFT_TRANSFER, TTFT_FIRST_DECODE, TPOT, ITL, REQUESTS, ROUTER_QUEUED, ROUTER_ACTIVE,
-    DECISIONS, RETRIES, CANCEL_TO_RELEASE,
+    TTFT, TTFT_QUEUE, TTFT_PREFILL, TTFT_TRANSFER, TTFT_FIRST_DECODE, TPOT, ITL, REQUESTS, SLO_REQUESTS, OUTPUT_TOKENS,
+    GOODPUT_TOKENS, REQUEST_VERIFIES, REQUEST_ACCEPTED, ROUTER_QUEUED, ROUTER_ACTIVE, DECISIONS, RETRIES, MIGRATIONS,
+    MIGRATION_PAUSE, CANCEL_TO_RELEASE,
 )  # fmt: skip
 WORKER_SERIES = (
-    STEPS, STEP_TIME, STEP_TOKENS, WORKER_QUEUED, WORKER_RUNNING, PREEMPTIONS, KV_BLOCKS, KV_BLOCKS_USED,
-    KV_BLOCKS_LEASED, LEASES, TRANSFER_BYTES, TRANSFER_TIME, DRAFTED, ACCEPTED, VERIFIES, DRAFT_ROUNDS, DRAFT_TREES,
-    DRAFTS_USED, ACCEPTED_FROM, OFFERED_AT_DEPTH, ACCEPTED_AT_DEPTH, DRAFT_LENGTH, NODES_CHOSEN, GOALS_OUT_OF_REACH,
-    SELECTION_TIME, ERRORS, REPORTS,
+    WORKER_ROLE, STEPS, STEP_TIME, STEP_TOKENS, WORKER_QUEUED, WORKER_RUNNING, PREEMPTIONS, KV_BLOCKS, KV_BLOCKS_USED,
+    KV_BLOCKS_LEASED, LEASES, TRANSFER_BYTES, TRANSFER_TIME, MIGRATION_BYTES, DRAFTED, ACCEPTED, VERIFIES,
+    DRAFT_ROUNDS, DRAFT_TREES, DRAFTS_USED, ACCEPTED_FROM, OFFERED_AT_DEPTH, ACCEPTED_AT_DEPTH, DRAFT_LENGTH,
+    NODES_CHOSEN, GOALS_OUT_OF_REACH, SELECTION_TIME, ERRORS, REPORTS,
 )  # fmt: skip
+
+
+# When each series began is nothing anybody asks for, and would be a quarter of what is scraped.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class PassThrough(Collector):
+    """Series that a library of the same process counts, such as an engine's `vllm:*`, served beside ours."""
+
+    def __init__(self, prefix: str, source: CollectorRegistry = REGISTRY) -> None:
+        self._prefix = prefix
+        self._source = source
+
+    def collect(self) -> Iterator[Metric]:
+        return (family for family in self._source.collect() if family.name.startswith(self._prefix))
 
 
 class Metrics:
-    """The series of one process, in a registry of their own."""
+    """The series of one process, in a registry of their own, and its CPU time, memory and files (`process_*`)."""
 
     def __init__(self, series: tuple[Series, ...]) -> None:
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         self._collectors = {each.name: self._make(each) for each in series}
         # Labels are bounded, so this is too; the library's own look-up costs more than the counting.
         self._children: dict[tuple[object, ...], Counter | Gauge | Histogram] = {}
@@ -226,6 +295,10 @@ class Metrics:
             )
         maker = Counter if series.kind is Kind.COUNTER else Gauge
         return maker(series.name, series.help, series.labels, registry=self.registry)
+
+    def pass_through(self, prefix: str) -> None:
+        """Serve a library's series of this name beside ours."""
+        self.registry.register(PassThrough(prefix))
 
     def add(self, series: Series, amount: float = 1.0, **labels: str) -> None:
         """Count up. Raises KeyError for a series this process did not declare."""
@@ -257,13 +330,3 @@ class Metrics:
             collector = self._collectors[series.name]
             found = self._children[key] = collector.labels(**labels) if labels else collector
         return found
-
-
-class PassThrough(Collector):
-    """Series that a library keeps in Prometheus' own registry, by how their names begin."""
-
-    def __init__(self, prefix: str) -> None:
-        self._prefix = prefix
-
-    def collect(self) -> Iterator[Metric]:
-        return (each for each in REGISTRY.collect() if each.name.startswith(self._prefix))

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tidemill.core.model import Role
+
 Seconds = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -136,6 +138,25 @@ class TlsSettings(Section):
     """If set, clients must show a certificate of this authority."""
 
 
+class NodeTlsSettings(Section):
+    """PEM files, the same on every node. The certificate is made for the name `tidemill-node`."""
+
+    certificate: Path
+    """What a node shows to the others, whoever called."""
+    key: Path
+    """Its private key."""
+    ca: Path
+    """The authority that signed it, and nothing but nodes' certificates."""
+
+
+class NetworkSettings(Section):
+    """Between the router and the workers."""
+
+    tls: NodeTlsSettings | None = None
+    """With it workers listen on their node's address, and take only callers that show a node's certificate. Without it
+    they listen on loopback, and the cluster is one machine."""
+
+
 class RouterSettings(Section):
     """The front door."""
 
@@ -156,6 +177,8 @@ class RouterSettings(Section):
     """For requests without a deadline of their own."""
     max_retries: Annotated[int, Field(ge=0)] = 1
     """How often a request goes on elsewhere after its worker failed."""
+    move_headroom_tokens: Count = 256
+    """Room for tokens that a request gets while its KV is copied to another verify worker."""
 
 
 class SplitSettings(Section):
@@ -217,8 +240,12 @@ class DeadlineSettings(Section):
     """Opening a KV link, and one message on it."""
     lease_s: Seconds = 90.0
     """Life of a KV lease; longer than prefill and transfer together."""
+    move_s: Seconds = 10.0
+    """Copying a decoding request's KV to another verify worker; it decodes on meanwhile."""
+    resume_s: Seconds = 2.0
+    """From its pause to its next token there; after it, it goes on where it was."""
     drain_s: Seconds = 5.0
-    """How long running requests may go on when a worker changes role or stops."""
+    """How long running requests may stay when a worker changes role or stops."""
 
 
 class SloSettings(Section):
@@ -234,7 +261,14 @@ class RaySettings(Section):
     """The Ray cluster the actors live in."""
 
     address: str | None = None
-    """`host:port` of a running cluster; none: `tidemill up` starts a head on this machine and `down` stops it."""
+    """`host:port` of a running cluster, or `auto` for the one this machine belongs to; none: `tidemill up` starts a
+    head on this machine and `down` stops it."""
+    min_nodes: Count = 1
+    """Nodes, with the head, that `up` waits for before it places workers; they spread over those that are there."""
+    ready_s: Seconds = 120.0
+    """How long `up` waits for nodes, for the router and for each worker; nodes that are yet to start need minutes."""
+    resources: dict[Role, dict[str, Annotated[float, Field(gt=0)]]] = {}
+    """Further Ray resources that workers ask for, by the role they start in: they decide where a pool lives."""
     cpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     """Ray CPUs reserved for each worker actor; 0 lets many share a small machine."""
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
@@ -257,6 +291,8 @@ class ControllerSettings(Section):
 
     rebalance: bool = True
     """Off: roles change by `tidemill role` only."""
+    level: bool = True
+    """Decoding requests move from verify workers that are short of KV blocks to others that are not."""
     period_s: Seconds = 0.5
     """Between two looks at the workers and routers."""
     windows_s: tuple[Seconds, ...] = (1.0, 3.0, 10.0, 30.0, 90.0)
@@ -291,11 +327,35 @@ class MetricsSettings(Section):
     """Prometheus endpoints of router and workers."""
 
     host: str = "127.0.0.1"
-    """Address the router's endpoint listens on."""
+    """Address the router's endpoint listens on. Other than loopback needs `network.tls`."""
     router_port: Port = 0
-    """0: any free port; `tidemill status` shows it. Workers always take a free port."""
+    """0: any free port; `tidemill status` shows it."""
     controller_port: Port = 0
     """0: any free port; `tidemill status` shows it."""
+    worker_port: Port = 0
+    """0: any free port; a fixed one only where each worker has an address of its own, as a Kubernetes pod has."""
+    targets_file: Path | None = None
+    """Where the controller writes the list of all endpoints for Prometheus' file_sd; none: nowhere."""
+
+
+class StatusPageSettings(Section):
+    """The router's web page. It asks for what clients are asked for: `router.tls`, and the token as a password."""
+
+    enabled: bool = True
+    """Off: nothing is served over HTTP but metrics."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Other than loopback needs `router.tls` and `router.token_file`."""
+    port: Port = 0
+    """0: any free port; `tidemill status` shows it."""
+
+
+class TracesSettings(Section):
+    """Requests' lives for an OpenTelemetry collector; the router keeps the latest for `tidemill trace` in any case."""
+
+    endpoint: str | None = None
+    """`host:port` of a collector that takes OTLP over gRPC; none: nothing is sent. Other than loopback needs `ca`."""
+    ca: Path | None = None
+    """PEM file of the authority that signed the collector's certificate; none: no TLS."""
 
 
 class Settings(Section):
@@ -311,6 +371,7 @@ class Settings(Section):
     """Used with `engine.kind: emulated`."""
     pools: PoolSettings = PoolSettings()
     router: RouterSettings = RouterSettings()
+    network: NetworkSettings = NetworkSettings()
     split: SplitSettings = SplitSettings()
     speculation: SpeculationSettings = SpeculationSettings()
     deadlines: DeadlineSettings = DeadlineSettings()
@@ -319,6 +380,8 @@ class Settings(Section):
     controller: ControllerSettings = ControllerSettings()
     ray: RaySettings = RaySettings()
     metrics: MetricsSettings = MetricsSettings()
+    status_page: StatusPageSettings = StatusPageSettings()
+    traces: TracesSettings = TracesSettings()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
@@ -332,10 +395,18 @@ class Settings(Section):
             raise ValueError("slo needs a class named `default`")
         if self.deadlines.lease_s < self.deadlines.prefill_s:
             raise ValueError("deadlines.lease_s must be at least deadlines.prefill_s, or leases expire during prefill")
-        if not is_loopback(self.router.host) and not (self.router.tls and self.router.token_file):
+        for section, host in (("router", self.router.host), ("status_page", self.status_page.host)):
+            if not is_loopback(host) and not (self.router.tls and self.router.token_file):
+                raise ValueError(
+                    f"{section}.host {host!r} is not loopback: set router.tls and router.token_file, "
+                    "or listen on 127.0.0.1"
+                )
+        endpoint = self.traces.endpoint
+        if endpoint and self.traces.ca is None and not is_loopback(endpoint.rpartition(":")[0].strip("[]")):
+            raise ValueError(f"traces.endpoint {endpoint!r} is not loopback: set traces.ca, or use a local collector")
+        if not is_loopback(self.metrics.host) and self.network.tls is None:
             raise ValueError(
-                f"router.host {self.router.host!r} is not loopback: set router.tls and router.token_file, "
-                "or listen on 127.0.0.1"
+                f"metrics.host {self.metrics.host!r} is not loopback: set network.tls, or listen on 127.0.0.1"
             )
         return self
 
@@ -394,6 +465,10 @@ def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
         }
     )
     token_file = router.token_file and base / router.token_file
+    nodes = settings.network.tls
+    nodes = nodes and NodeTlsSettings(certificate=base / nodes.certificate, key=base / nodes.key, ca=base / nodes.ca)
+    ca = settings.traces.ca and base / settings.traces.ca
+    targets_file = settings.metrics.targets_file and base / settings.metrics.targets_file
     return settings.model_copy(
         update={
             "target": rooted(settings.target),
@@ -402,5 +477,8 @@ def _with_absolute_paths(settings: Settings, base: Path) -> Settings:
                 update={each: rooted_latency(getattr(settings.emulated, each)) for each in ("target", "draft")}
             ),
             "router": router.model_copy(update={"tls": tls, "token_file": token_file}),
+            "network": NetworkSettings(tls=nodes),
+            "traces": settings.traces.model_copy(update={"ca": ca}),
+            "metrics": settings.metrics.model_copy(update={"targets_file": targets_file}),
         }
     )

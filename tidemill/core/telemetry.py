@@ -4,10 +4,15 @@ Everything is a sum over a window, so that the pictures of several routers add u
 sums by whoever reads them. Seconds are durations or ages, never points in time: clocks of different machines differ.
 """
 
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Self
+from typing import Any, Self, TypeVar
 
 from tidemill.core.model import Role, WorkerId, WorkerLoad
+
+STALE_AFTER_S = 3.0  # workers report at least every half second; one silent for longer gets no new requests
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,18 +20,30 @@ class Sums:
     """Base of what can be added field by field."""
 
     def __add__(self, other: Self) -> Self:
-        names = _names(type(self))
-        return type(self)(*(getattr(self, name) + getattr(other, name) for name in names))
+        values = _values(type(self))
+        return type(self)(*map(operator.add, values(self), values(other)))
 
 
-def _names(kind: type[Sums]) -> tuple[str, ...]:
-    found = _NAMES.get(kind)
+Total = TypeVar("Total", bound=Sums)
+
+
+def add_up(some: Sequence[Total]) -> Total:
+    """Of one or more; costs a fraction of as many additions."""
+    if len(some) == 1:
+        return some[0]
+    kind = type(some[0])
+    return kind(*(functools.reduce(operator.add, column) for column in zip(*map(_values(kind), some), strict=True)))
+
+
+def _values(kind: type[Sums]) -> Callable[[Sums], tuple[Any, ...]]:
+    """All fields of a record, in their order; every kind has two or more."""
+    found = _VALUES.get(kind)
     if found is None:
-        found = _NAMES[kind] = tuple(each.name for each in fields(kind))
+        found = _VALUES[kind] = operator.attrgetter(*(each.name for each in fields(kind)))
     return found
 
 
-_NAMES: dict[type[Sums], tuple[str, ...]] = {}
+_VALUES: dict[type[Sums], Callable[[Sums], tuple[Any, ...]]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +136,7 @@ class Progress(Sums):
         return Progress(
             max(self.seconds, other.seconds),
             max(self.busy_s, other.busy_s),
-            *(getattr(total, name) for name in _names(Progress)[2:]),
+            *_values(Progress)(total)[2:],
         )
 
     @property
@@ -163,9 +180,37 @@ class WorkerTelemetry:
 
 
 @dataclass(frozen=True, slots=True)
+class Decoding:
+    """A request that could be moved to another verify worker now."""
+
+    request_id: str
+    worker: WorkerId
+    tokens: int  # prompt and output so far
+
+
+@dataclass(frozen=True, slots=True)
 class RouterTelemetry:
     """One router's picture, or several merged. Windows are from the shortest to the longest."""
 
     windows: tuple[Window, ...] = ()
     waiting: Waiting = field(default_factory=Waiting)
     workers: tuple[WorkerTelemetry, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """The last minute in points of `step_s`, the oldest first; the last point is still being filled."""
+
+    step_s: float
+    classes: tuple[tuple[str, tuple[Traffic, ...]], ...] = ()
+    roles: tuple[tuple[Role, tuple[Progress, ...]], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionRecord:
+    """A decision of the controller as people see it. Those that change nothing are kept when the reason is new."""
+
+    at: float  # seconds of wall time
+    reason: str
+    changes: tuple[str, ...]
+    loads: tuple[tuple[str, float], ...]

@@ -1,8 +1,11 @@
 """Token trees: what a draft proposes after the committed tokens of a request."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
+from operator import lt
 
+VERDICTS = 3  # likely outcomes of a round that drafts made ahead of it have room for
 ROOT = -1  # stands for the last committed token
 _PRIME, _FACTOR = (1 << 61) - 1, 0x1B873593CC9E2D51 % ((1 << 61) - 1)
 
@@ -27,8 +30,11 @@ class Shape:
     nodes: int
 
     def times(self, rounds: int) -> "Shape":
-        """Room for this much more than once: after each round comes a token that the target chose alone."""
-        return Shape(self.depth * rounds + rounds - 1, self.width, self.nodes * (1 + 3 * (rounds - 1)))
+        """Room for so many rounds, the first of which is known and the others of which follow verdicts that are not.
+
+        After each round comes a token that the target chooses alone; a further round has room for several verdicts.
+        """
+        return Shape(self.depth * rounds + rounds - 1, self.width, self.nodes * (1 + VERDICTS * (rounds - 1)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +48,12 @@ class TokenTree:
     tokens: tuple[int, ...] = ()
     parents: tuple[int, ...] = ()
     chances: tuple[float, ...] = ()
+    _path_chances: tuple[float, ...] | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.tokens) != len(self.parents) or len(self.chances) not in (0, len(self.tokens)):
             raise ValueError(f"{len(self.tokens)} tokens, {len(self.parents)} parents, {len(self.chances)} chances")
-        if not all(ROOT <= parent < node for node, parent in enumerate(self.parents)):
+        if min(self.parents, default=ROOT) < ROOT or not all(map(lt, self.parents, count())):
             raise ValueError(f"a parent comes before its child, or is {ROOT}; parents are {self.parents}")
 
     @classmethod
@@ -84,13 +91,22 @@ class TokenTree:
                 return node
         return None
 
-    def path_chances(self) -> list[float]:
-        """How likely the target takes the whole path to each node; 1 where chances are not known."""
-        chances: list[float] = []
-        for node, parent in enumerate(self.parents):
-            own = self.chances[node] if self.chances else 1.0
-            chances.append(own if parent == ROOT else own * chances[parent])
-        return chances
+    def path_chances(self) -> tuple[float, ...]:
+        """How likely the target takes the whole path to each node; 1 where chances are not known.
+
+        Computed once: whoever chooses among trees asks again and again.
+        """
+        if self._path_chances is None:
+            chances: list[float] = []
+            for own, parent in zip(self.chances or (1.0,) * len(self.tokens), self.parents, strict=True):
+                chances.append(own if parent < 0 else own * chances[parent])
+            object.__setattr__(self, "_path_chances", tuple(chances))
+        assert self._path_chances is not None
+        return self._path_chances
+
+    def rated(self, chances: Iterable[float]) -> "TokenTree":
+        """The same tree with these chances."""
+        return TokenTree(self.tokens, self.parents, tuple(chances))
 
     def best_chain(self, longest: int) -> list[int]:
         """Tokens from the root on, each that of the child with the best chance, at most `longest`.
@@ -110,12 +126,15 @@ class TokenTree:
 
     def subset(self, nodes: Iterable[int]) -> "TokenTree":
         """The tree of these nodes, in their order; every node's parent is among them, or is the root."""
-        return self._part(sorted(set(nodes)), ROOT)
+        kept = sorted(set(nodes))
+        return self if len(kept) == len(self.tokens) else self._part(kept, ROOT)
 
     def up_to(self, depth: int) -> "TokenTree":
         """Its nodes of at most this depth."""
+        if len(self.tokens) <= depth:
+            return self
         depths = self.depths()
-        if not depths or max(depths) <= depth:
+        if max(depths, default=0) <= depth:
             return self
         return self.subset(node for node, own in enumerate(depths) if own <= depth)
 

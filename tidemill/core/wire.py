@@ -17,12 +17,17 @@ from tidemill.core.messages import (
     FirstToken,
     Lease,
     LeaseGranted,
+    Migrate,
+    Paused,
     Prefill,
     Prefilled,
     Proceed,
     Refusal,
     Refused,
     Reserve,
+    Resume,
+    Stay,
+    Staying,
     StepReport,
     Submit,
     Tokens,
@@ -110,11 +115,16 @@ def lease_from_pb(message: pb.Lease) -> Lease:
     )
 
 
-def command_to_pb(command: Command) -> pb.Command:
+def command_to_pb(command: Command) -> pb.Command:  # noqa: PLR0911 - one for each kind
     match command:
-        case Reserve(request, ttl_s, drafter):
+        case Reserve(request, ttl_s, drafter, headroom_tokens):
             return pb.Command(
-                reserve=pb.Reserve(request=request_to_pb(request), ttl_s=ttl_s, drafter=peer_to_pb(drafter))
+                reserve=pb.Reserve(
+                    request=request_to_pb(request),
+                    ttl_s=ttl_s,
+                    drafter=peer_to_pb(drafter),
+                    headroom_tokens=headroom_tokens,
+                )
             )
         case Submit(request, drafter):
             return pb.Command(submit=pb.Submit(request=request_to_pb(request), drafter=peer_to_pb(drafter)))
@@ -122,11 +132,17 @@ def command_to_pb(command: Command) -> pb.Command:
             return pb.Command(prefill=pb.Prefill(request=request_to_pb(request), lease=lease_to_pb(lease)))
         case Cancel(request_id):
             return pb.Command(cancel=pb.Cancel(request_id=request_id))
+        case Migrate(request_id, lease, known_tokens):
+            return pb.Command(
+                migrate=pb.Migrate(request_id=request_id, lease=lease_to_pb(lease), known_tokens=known_tokens)
+            )
+        case Resume(request_id):
+            return pb.Command(resume=pb.Resume(request_id=request_id))
         case Proceed(request_id):
             return pb.Command(proceed=pb.Proceed(request_id=request_id))
 
 
-def command_from_pb(message: pb.Command) -> Command:
+def command_from_pb(message: pb.Command) -> Command:  # noqa: PLR0911 - one for each kind
     """Raises ValueError for a kind this release does not know."""
 
     def drafter(of: pb.Reserve | pb.Submit) -> Peer | None:
@@ -135,13 +151,18 @@ def command_from_pb(message: pb.Command) -> Command:
     match message.WhichOneof("kind"):
         case "reserve":
             reserve = message.reserve
-            return Reserve(request_from_pb(reserve.request), reserve.ttl_s, drafter(reserve))
+            return Reserve(request_from_pb(reserve.request), reserve.ttl_s, drafter(reserve), reserve.headroom_tokens)
         case "submit":
             return Submit(request_from_pb(message.submit.request), drafter(message.submit))
         case "prefill":
             return Prefill(request_from_pb(message.prefill.request), lease_from_pb(message.prefill.lease))
         case "cancel":
             return Cancel(message.cancel.request_id)
+        case "migrate":
+            migrate = message.migrate
+            return Migrate(migrate.request_id, lease_from_pb(migrate.lease), migrate.known_tokens)
+        case "resume":
+            return Resume(message.resume.request_id)
         case "proceed":
             return Proceed(message.proceed.request_id)
         case kind:
@@ -187,7 +208,7 @@ def _tokens_from_pb(message: pb.Tokens) -> Tokens:
     )
 
 
-def event_to_pb(event: Event) -> pb.Event:
+def event_to_pb(event: Event) -> pb.Event:  # noqa: PLR0911 - one for each kind
     match event:
         case Tokens():
             return pb.Event(tokens=_tokens_to_pb(event))
@@ -199,9 +220,13 @@ def event_to_pb(event: Event) -> pb.Event:
             return pb.Event(prefilled=pb.Prefilled(request_id=request_id, queue_s=queue_s, prefill_s=prefill_s))
         case Failed(request_id, failure, detail):
             return pb.Event(failed=pb.Failed(request_id=request_id, failure=failure, detail=detail))
+        case Paused(request_id, lease_id):
+            return pb.Event(paused=pb.Paused(request_id=request_id, lease_id=lease_id))
+        case Staying(request_id, lease_id, reason):
+            return pb.Event(staying=pb.Staying(request_id=request_id, lease_id=lease_id, reason=reason))
 
 
-def event_from_pb(message: pb.Event) -> Event:
+def event_from_pb(message: pb.Event) -> Event:  # noqa: PLR0911 - one for each kind
     """Raises ValueError for a kind this release does not know."""
     match message.WhichOneof("kind"):
         case "tokens":
@@ -214,6 +239,10 @@ def event_from_pb(message: pb.Event) -> Event:
             return Prefilled(message.prefilled.request_id, message.prefilled.queue_s, message.prefilled.prefill_s)
         case "failed":
             return Failed(message.failed.request_id, Failure(message.failed.failure), message.failed.detail)
+        case "paused":
+            return Paused(message.paused.request_id, message.paused.lease_id)
+        case "staying":
+            return Staying(message.staying.request_id, message.staying.lease_id, Stay(message.staying.reason))
         case kind:
             raise ValueError(f"unknown event {kind!r}: router and worker are of different releases")
 

@@ -7,6 +7,7 @@ sequence that can advance. A sequence is in one of these states:
     RUNNING    computing its prompt in chunks, then decoding
     HELD       KV of all tokens but the last is here; a token tree may grow from them, until `release`
     RECEIVING  blocks are reserved for KV that comes from another worker; computed by nobody here
+    PAUSED     decoding stopped between two steps; the blocks stay, until `resume` or `release`
 
 The engine owns all KV blocks. `release` frees a sequence's blocks at once, in any state.
 """
@@ -185,8 +186,9 @@ class Engine(Protocol):
         """From now on outputs carry the `count` likeliest successors of the tokens computed; 0: none."""
         ...
 
-    def reserve(self, request: Request) -> Reservation:
-        """Allocate blocks for KV of `request.kv_tokens` tokens that comes from elsewhere.
+    def reserve(self, request: Request, headroom_tokens: int = 0) -> Reservation:
+        """Allocate blocks for KV of `request.kv_tokens` tokens that comes from elsewhere, and of so many more as it may
+        get before that, but never more than it can have.
 
         Raises OutOfBlocks, RequestTooLong.
         """
@@ -200,9 +202,20 @@ class Engine(Protocol):
         """
         ...
 
-    def activate(self, request_id: str, end_block: int | None = None) -> None:
+    def activate(self, request_id: str, end_block: int | None = None, output: Sequence[int] = ()) -> None:
         """KV of a RECEIVING sequence came, all of it or that of the blocks before `end_block`: compute what is missing
-        and decode it until it finishes."""
+        and decode it until it finishes. `output`: what it got elsewhere since it was reserved; its KV came too.
+
+        Raises KeyError if unknown, ValueError if `output` does not fit what was reserved, or ends the request.
+        """
+        ...
+
+    def pause(self, request_id: str) -> bool:
+        """Decode a sequence no further, and keep its blocks. False, and nothing happens, if it is not decoding."""
+        ...
+
+    def resume(self, request_id: str) -> None:
+        """Decode a PAUSED sequence on; nothing happens if it is not paused."""
         ...
 
     def export_kv(self, request_id: str, first_block: int, end_block: int) -> torch.Tensor:

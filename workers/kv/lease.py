@@ -19,6 +19,7 @@ class OpenLease:
     deadline: float  # monotonic seconds
     next_block: int
     lifecycle: Lifecycle[LeaseState]
+    moving: bool  # the request decodes elsewhere; which block is the last is said when it comes
     link: str = ""  # what feeds it, once something came
     next_layer: int = 0  # of the blocks from `next_block` on
 
@@ -31,7 +32,7 @@ class OpenLease:
 
     @property
     def filled(self) -> bool:
-        return self.next_block >= self.lease.end_block
+        return not self.moving and self.next_block >= self.lease.end_block
 
 
 class LeaseTable:
@@ -50,11 +51,14 @@ class LeaseTable:
     def __iter__(self) -> Iterator[OpenLease]:
         return iter(list(self._open.values()))
 
-    def grant(self, request: Request, blocks: Reservation, ttl_s: float, now: float) -> OpenLease:
-        """Enter a lease on blocks the engine has reserved."""
+    def grant(
+        self, request: Request, blocks: Reservation, ttl_s: float, now: float, *, moving: bool = False
+    ) -> OpenLease:
+        """Enter a lease on blocks the engine has reserved; if it is moving, how many are needed is not known yet."""
         self._next_id += 1
         lease = Lease(self._next_id, request.id, self._holder, blocks.first_block, blocks.end_block, ttl_s)
-        entry = OpenLease(lease, now + ttl_s, blocks.first_block, Lifecycle(LeaseState.GRANTED, LEASE_MOVES))
+        lifecycle = Lifecycle(LeaseState.GRANTED, LEASE_MOVES)
+        entry = OpenLease(lease, now + ttl_s, blocks.first_block, lifecycle, moving)
         self._open[lease.id] = self._by_request[request.id] = entry
         return entry
 

@@ -32,6 +32,8 @@ class KvMessage:
     first_block: int
     kv: Tensor  # [layers, blocks, 2, kv_heads, block_size, head_dim], contiguous
     first_layer: int = 0
+    # With the last blocks of a request that moves: the tokens it got since they were reserved. It goes on there.
+    output: tuple[int, ...] | None = None
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +69,7 @@ class Arrival:
     first_block: int = 0
     kv: Tensor | None = None
     first_layer: int = 0
+    output: tuple[int, ...] | None = None  # see KvMessage
     seconds: float = 0.0
     error: str = ""
     done: Callable[[], None] = _nothing
@@ -83,6 +86,9 @@ class Feeder(Protocol):
 
     @property
     def backlog_bytes(self) -> int: ...
+
+    @property
+    def connected(self) -> bool: ...
 
     def prepare(self) -> None: ...
 
@@ -111,7 +117,7 @@ class Outgoing:
         self._changed = threading.Condition()  # guards all below
         self._queue: deque[KvMessage] = deque()
         self._sending: KvMessage | None = None
-        self._backlog_bytes = 0  # bounded by the prefill role, which looks before it adds more
+        self._backlog_bytes = 0  # bounded by the roles, which look before it adds more
         self._end: SendingEnd | None = None
         self._open_now = False
         self._closed = False
@@ -122,6 +128,11 @@ class Outgoing:
     def backlog_bytes(self) -> int:
         """Bytes accepted and not yet sent."""
         return self._backlog_bytes
+
+    @property
+    def connected(self) -> bool:
+        """True if the next message need not wait for the link to be opened."""
+        return self._end is not None
 
     def prepare(self) -> None:
         """Open the link now, so that the first message does not wait for it."""

@@ -43,7 +43,7 @@ class _MemoryEnd:
         if self._closed or receiver is None:
             raise LinkError(f"{self._to} is gone")
         kv, layer = message.kv.clone(), message.first_layer
-        receiver(Arrival(self._name, self._me, message.lease_id, message.first_block, kv, layer))
+        receiver(Arrival(self._name, self._me, message.lease_id, message.first_block, kv, layer, message.output))
 
     def close(self) -> None:
         if not self._closed:

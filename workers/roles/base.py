@@ -58,6 +58,10 @@ class WorkerRole(Protocol):
         """Turn what the step did into events."""
         ...
 
+    def drain(self) -> None:
+        """No new work comes: hand back what has not begun."""
+        ...
+
     def give_up(self, failure: Failure, detail: str) -> None:
         """Fail every request, release everything; the role is idle after it."""
         ...

@@ -10,7 +10,18 @@ agree. Its words change the speed of a request, never its tokens.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from tidemill.core.messages import Cancel, Command, Draft, DraftAsk, DraftCall, DraftReply, Failure, Proceed, Refusal
+from tidemill.core.messages import (
+    Command,
+    Draft,
+    DraftAsk,
+    DraftCall,
+    DraftReply,
+    Failure,
+    Prefill,
+    Refusal,
+    Reserve,
+    Submit,
+)
 from tidemill.core.model import Request, Role
 from tidemill.core.settings import Settings
 from tidemill.core.tree import ROOT, Shape, prefix_hash
@@ -23,6 +34,7 @@ from workers.speculation.ranks import RankAcceptance
 Reply = Callable[[DraftReply], None]
 Key = tuple[int, str]  # stream and request: two verify workers may carry the same request
 
+AHEAD_ROWS = 8  # nodes of one tree that a step computes ahead of the verdict
 STEP_MEMORY = 0.1  # weight of the newest step in their average
 MAX_WIDTH, MAX_NODES, MAX_DEPTH = 16, 256, 64  # of a tree, whatever is asked for
 
@@ -40,6 +52,7 @@ class Drafting:
     ahead: int = 0
     rounds_sent: int = 0  # how many times the shape was sent already: 1 is the answer, more is ahead
     nodes_sent: int = 0
+    resumed: bool = False  # since the ask, its KV was found missing
 
 
 @dataclass(slots=True, eq=False)
@@ -124,7 +137,7 @@ class DraftRole:
         known.prefix = prefix_hash(ask.tokens, known.prefix)
         shape = ask.shape
         known.shape = Shape(min(shape.depth, MAX_DEPTH), min(shape.width, MAX_WIDTH), min(shape.nodes, MAX_NODES))
-        known.ahead, known.rounds_sent, known.nodes_sent = ask.ahead, 0, 0
+        known.ahead, known.rounds_sent, known.nodes_sent, known.resumed = ask.ahead, 0, 0, False
         stream.unanswered[ask.request_id] = stream.round
         self._engine.follow(known.engine_id, self._output(known))
         self._advance(known)
@@ -158,11 +171,18 @@ class DraftRole:
         while known.shape is not None and known.rounds_sent <= known.ahead:
             growing = self._engine.growth(known.engine_id)
             shape = known.shape.times(known.rounds_sent + 1)
-            nodes = frontier(self._strategy, growing.tree, growing.done, shape, self._ranks.template(shape))
-            if nodes:
-                if not self._engine.grow(known.engine_id, nodes, shape.width):
-                    # Its prompt is being computed; or its KV was taken, and then it is now computed again.
-                    self._engine.follow(known.engine_id, self._output(known))
+            # An answer is waited for; what is drafted ahead covers more outcomes if more nodes share a step.
+            at_once = max(shape.width, AHEAD_ROWS) if known.rounds_sent else shape.width
+            nodes = frontier(self._strategy, growing.tree, growing.done, shape, self._ranks.template(shape), at_once)
+            if nodes and self._engine.grow(known.engine_id, nodes, shape.width):
+                return
+            if nodes and known.rounds_sent:
+                return  # its KV was taken: what is drafted ahead is not worth computing it again
+            if nodes and not known.resumed:
+                # Its prompt is being computed; or its KV was taken, and then it is now computed again, once for an ask:
+                # requests that take each other's would go on for ever.
+                known.resumed = True
+                self._engine.follow(known.engine_id, self._output(known))
                 return
             self._send(known, growing, shape)
 
@@ -179,10 +199,11 @@ class DraftRole:
     # --- WorkerRole ---------------------------------------------------------------------------------------------
 
     def handle(self, command: Command, now: float) -> None:
-        if isinstance(command, Cancel | Proceed):
-            self._outbox.forget(command.request_id)
-        else:
-            refuse(self._outbox, command.request.id, Refusal.WRONG_ROLE)
+        match command:
+            case Reserve() | Submit() | Prefill():
+                refuse(self._outbox, command.request.id, Refusal.WRONG_ROLE)
+            case _:
+                self._outbox.forget(command.request_id)
 
     def cancel(self, request_id: str) -> None:
         """Routers hold nothing here; verify workers close their own requests."""
@@ -209,6 +230,9 @@ class DraftRole:
                 self._advance(known)
         for stream in self._streams.values():
             stream.flush(self._step_s)
+
+    def drain(self) -> None:
+        """Drafts are not worth waiting for."""
 
     def give_up(self, failure: Failure, detail: str) -> None:
         """Forget every request, and say so."""

@@ -21,10 +21,13 @@ class Strategy(StrEnum):
     STATIC = "static"  # a template that is best for the measured acceptance by rank (Sequoia, arXiv 2402.12374)
 
 
-def frontier(strategy: Strategy, tree: TokenTree, done: Container[int], shape: Shape, template: Template) -> list[int]:
+def frontier(
+    strategy: Strategy, tree: TokenTree, done: Container[int], shape: Shape, template: Template, at_once: int
+) -> list[int]:
     """Nodes to compute now, all of whose ancestors are `done`. None: the tree has its shape.
 
-    A node's children are ordered by chance. `template` is what a static tree is to become.
+    A node's children are ordered by chance. `template` is what a static tree is to become. `at_once`: how many nodes a
+    heap takes in one step; with fewer the tree is likelier, with more it is there sooner.
     """
     if min(shape.depth, shape.width, shape.nodes) <= 0:
         return []
@@ -36,7 +39,7 @@ def frontier(strategy: Strategy, tree: TokenTree, done: Container[int], shape: S
         case Strategy.BEAM:
             return _beam(tree, done, shape)
         case Strategy.HEAP:
-            return _heap(tree, done, shape)
+            return _heap(tree, done, shape, at_once)
         case Strategy.STATIC:
             places = fill(template, tree)
             inner = set(template.parents)
@@ -92,11 +95,11 @@ def _beam(tree: TokenTree, done: Container[int], shape: Shape) -> list[int]:
     return []
 
 
-def _heap(tree: TokenTree, done: Container[int], shape: Shape) -> list[int]:
+def _heap(tree: TokenTree, done: Container[int], shape: Shape, at_once: int) -> list[int]:
     """Only a node that is worth sending itself is worth children; the best few at a time, to share a step."""
     chances, depths = tree.path_chances(), tree.depths()
     wanted = [node for node in likeliest(tree, shape) if depths[node] < shape.depth and node not in done]
-    return _best(wanted, chances, 3 if shape.depth <= 8 else 8)
+    return _best(wanted, chances, at_once)
 
 
 def _best(nodes: Sequence[int], chances: Sequence[float], count: int) -> list[int]:

@@ -127,8 +127,8 @@ class RemoteDrafter:
     def next_answer(self, now: float) -> NextAnswer | None:
         """None if there is none to wait for."""
         self._note_deadlines(now)
-        newest = self._calls[-1] if self._calls else None
-        if newest is None or not newest.asks or newest.missed or self._misses >= PATIENCE:
+        newest = next((call for call in reversed(self._calls) if call.asks), None)
+        if newest is None or newest.missed or self._misses >= PATIENCE:
             return None
         usual_s = self._wait_s if self.round_trip_s is None else min(self.round_trip_s, self._wait_s)
         return NextAnswer(newest.sent_at + usual_s, newest.sent_at + self._wait_s)
@@ -139,16 +139,20 @@ class RemoteDrafter:
                 call.missed = True
                 self._misses += 1
 
-    def answered(self, reply: DraftReply, now: float) -> tuple[list[RoundResult], tuple[Draft, ...]]:
-        """What became of the asks that a reply answers, and its drafts for requests that are still drafted for."""
-        self._note_deadlines(now)
+    def answered(self, reply: DraftReply, came_at: float) -> tuple[list[RoundResult], tuple[Draft, ...]]:
+        """What became of the asks that a reply answers, and its drafts for requests that are still drafted for.
+
+        `came_at` may be long ago, if a step was under way; its deadline may have been noted since, and was not missed.
+        """
+        self._note_deadlines(came_at)
         results = []
         while self._calls and self._calls[0].round <= reply.round:
             call = self._calls.popleft()
             if call.asks:
-                results.append(RoundResult.LATE if call.missed else RoundResult.ANSWERED)
-                self._misses = self._misses if call.missed else 0
-                took, before = now - call.sent_at, self.round_trip_s
+                took, before = came_at - call.sent_at, self.round_trip_s
+                late = took >= self._wait_s
+                results.append(RoundResult.LATE if late else RoundResult.ANSWERED)
+                self._misses = self._misses if late else 0
                 self.round_trip_s = took if before is None else before + MEMORY * (took - before)
         self.step_s = reply.step_s or self.step_s
         for request_id in reply.lost:

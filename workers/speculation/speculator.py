@@ -151,9 +151,9 @@ class Speculator:
 
     # --- drafts come --------------------------------------------------------------------------------------------
 
-    def answered(self, peer: Peer, reply: DraftReply, now: float) -> None:
+    def answered(self, peer: Peer, reply: DraftReply, came_at: float) -> None:
         """A draft worker's message."""
-        results, drafts = self._pool.answered(peer, reply, now)
+        results, drafts = self._pool.answered(peer, reply, came_at)
         for result in results:
             self._metrics.add(metrics.DRAFT_ROUNDS, result=result)
         for draft in drafts:
@@ -182,8 +182,7 @@ class Speculator:
     def _calibrated(self, tree: TokenTree, source: str = REMOTE) -> TokenTree:
         if not self._settings.adaptive or not tree:
             return tree
-        chances = tree.chances or (1.0,) * len(tree)
-        return TokenTree(tree.tokens, tree.parents, tuple(self._calibration.calibrated(source, chances)))
+        return tree.rated(self._calibration.calibrated(source, tree.chances or (1.0,) * len(tree)))
 
     # --- before a step ------------------------------------------------------------------------------------------
 
@@ -217,7 +216,7 @@ class Speculator:
         for each, others in zip(decoding, local, strict=True):
             tree, fate = self._cache.tree(each.request.id)
             found = [Offer(tree.up_to(each.room), REMOTE, fate), *(Offer(*other, "local") for other in others)]
-            offers.append(max(found, key=self._expected))
+            offers.append(max(found, key=self._expected) if others else found[0])
         return offers
 
     def _expected(self, offer: Offer) -> float:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from cluster.bench import report
 from cluster.bench.arrivals import Arrival
-from cluster.bench.plots import plot_distributions, plot_rates
+from cluster.bench.plots import by_class, plot_distributions, plot_rates
 from cluster.bench.summary import (
     ALL,
     CANCELLED,
@@ -136,7 +136,7 @@ class TestReport:
 
     def test_plots_of_something_and_of_nothing(self, rows: list[ClassSummary], tmp_path: Path) -> None:
         for exchanges in (some(), [], [exchange(0, "tight", "overloaded")]):
-            plot_rates(tmp_path / "rates.png", summarise(exchanges, GOALS, 2.0, 4.0))
+            plot_rates(tmp_path / "rates.png", by_class(summarise(exchanges, GOALS, 2.0, 4.0)))
             plot_distributions(tmp_path / "latencies.png", exchanges, GOALS)
             for name in ("rates.png", "latencies.png"):
                 assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

@@ -1,13 +1,14 @@
 """Requests move from crowded workers to free ones, and only as far as that helps."""
 
 import math
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.policy.levelling import Held, Holder, LevellingConfig, LevellingReason, freeness, level
 
-CONFIG = LevellingConfig(headroom_blocks=2, gap=4.0, at_once=3)
+CONFIG = LevellingConfig(headroom_blocks=2, low=math.inf, gap=4.0, at_once=3)
 
 
 def holder(name: str, *blocks: int, pool: int = 100, leaving: bool = False) -> Holder:
@@ -56,6 +57,12 @@ def test_nothing_moves_where_nobody_has_room_or_all_are_alike() -> None:
     alike = level([holder("a", 40), holder("b", 41)], CONFIG)
     assert (alike.choice, alike.reason) == ((), LevellingReason.EVEN)
     assert level([], CONFIG).reason is LevellingReason.EVEN
+
+
+def test_a_worker_that_is_not_short_keeps_what_it_has() -> None:
+    workers = [holder("a", 10, 10), holder("b")]
+    assert level(workers, replace(CONFIG, low=30.0)).choice == (), "it has 38 blocks for each of its requests"
+    assert level(workers, replace(CONFIG, low=60.0)).choice != ()
 
 
 def test_of_the_least_priority_the_shortest_moves() -> None:

@@ -49,7 +49,7 @@ class Growing:
         self.tree, self.done, self.calls = tree, set(tree.parents), 0
 
     def run(self) -> TokenTree:
-        while nodes := frontier(self.strategy, self.tree, self.done, self.shape, self.template):
+        while nodes := frontier(self.strategy, self.tree, self.done, self.shape, self.template, self.shape.width):
             for node in nodes:
                 assert node not in self.done
                 assert node == ROOT or self.tree.parents[node] in self.done

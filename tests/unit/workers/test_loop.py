@@ -1,6 +1,7 @@
 """The engine loop: changes of role, what routers hear, and the end."""
 
 import pytest
+import torch
 
 from tests.support.benches import Bench, Trio
 from tests.support.engines import SMALL, VOCABULARY, one_by_one
@@ -16,6 +17,7 @@ from workers.engine.base import Engine, Reservation
 from workers.engine.emulated import EmulatedEngine
 from workers.engines import Engines
 from workers.kv.lease import LeaseTable
+from workers.kv.link import Arrival
 from workers.mailbox import Mailbox, MailboxFull
 from workers.reports import HEARTBEAT_S, LOAD_PAUSE_S, Reports, Standing
 from workers.role_switch import Move, RoleSwitch
@@ -105,6 +107,8 @@ class TestRoleSwitch:
         bench.send(Reserve(request_of("a", 100), 50.0))
         bench.send(Submit(request_of("b", max_tokens=200)))
         bench.turn(2)
+        block = torch.zeros(1, 1, 2, 1, 16, 4)
+        bench.verify.on_kv(Arrival("link", "p@1", bench.granted("a").lease.id, 0, block), bench.clock.now)
         wish = switch(bench, Role.PREFILL, drain_s=1.0)
         bench.turn(2)
         assert not wish.done.done()
@@ -119,6 +123,24 @@ class TestRoleSwitch:
         assert [report.worker for report in telling] == [old]
         assert bench.metrics.value(metrics.LEASES, end="aborted") == 1
         assert bench.metrics.value(metrics.KV_BLOCKS_LEASED, role="verify") == 0
+        bench.assert_empty()
+
+    def test_what_has_not_begun_is_handed_back_at_once(self) -> None:
+        bench = Bench(Role.VERIFY, settings_of(SMALL.model_copy(update={"max_running": 1})))
+        for command in (
+            Submit(request_of("a")),
+            Submit(request_of("queued")),
+            Reserve(request_of("leased", 100), 50.0),
+        ):
+            bench.send(command)
+        bench.turn(2)
+        switch(bench, Role.PREFILL)
+        bench.turn()
+        assert bench.last("queued") == Refused("queued", Refusal.DRAINING)
+        assert bench.last("leased") == Refused("leased", Refusal.DRAINING)
+        assert bench.engine.load().kv_blocks_leased == 0
+        bench.drain()
+        assert bench.tokens("a") == plain(request_of())
         bench.assert_empty()
 
     def test_drafts_are_not_worth_waiting_for(self) -> None:
@@ -230,17 +252,15 @@ class TestEnd:
     def test_everything_is_given_up_and_said(self) -> None:
         bench = Bench(Role.VERIFY)
         bench.send(Submit(request_of("a")))
-        bench.send(Reserve(request_of("b", 100), 10.0))
         bench.turn(2)
         wish = switch(bench, Role.PREFILL)
         bench.turn()
         bench.loop._stopping.set()
         bench.send(Submit(request_of("c")))
         bench.loop.end()
-        for name in "ab":
-            last = bench.last(name)
-            assert isinstance(last, Failed)
-            assert last.failure is Failure.STOPPING
+        last = bench.last("a")
+        assert isinstance(last, Failed)
+        assert last.failure is Failure.STOPPING
         assert bench.events("c") == [Refused("c", Refusal.DRAINING)]
         assert bench.left == 1
         assert bench.engine.load().kv_blocks_used == 0

@@ -20,6 +20,7 @@ from tidemill.core.messages import (
 )
 from tidemill.core.model import Peer, Request, Role, WorkerId
 from tidemill.types import SamplingParams
+from workers.kv import transfers
 from workers.roles import prefill as role
 
 HOLDER = Peer(WorkerId("verify-0", 7), "there")
@@ -83,7 +84,7 @@ def test_what_was_cached_here_is_sent_all_the_same(bench: Bench) -> None:
 
 
 def test_large_exports_go_in_messages_of_a_bounded_size(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(role, "MAX_MESSAGE_BYTES", 2 * bench.engine.info.kv.block_bytes)
+    monkeypatch.setattr(transfers, "MAX_MESSAGE_BYTES", 2 * bench.engine.info.kv.block_bytes)
     bench.send(command())
     bench.drain()
     assert ranges(feeder_of(bench)) == [(0, 2), (2, 4), (4, 5), (5, 7)]
@@ -194,11 +195,11 @@ def test_a_restarted_holder_ends_what_was_for_its_predecessor(bench: Bench) -> N
 def test_links_nobody_uses_are_closed(bench: Bench) -> None:
     bench.send(command())
     bench.drain()
-    bench.turn(advance_s=role.LINK_IDLE_S + 1)
+    bench.turn(advance_s=transfers.LINK_IDLE_S + 1)
     assert not feeder_of(bench).closed, "it still has something to send"
     bench.send(Cancel("r"))
     bench.turn()
-    bench.turn(advance_s=role.LINK_IDLE_S + 1)
+    bench.turn(advance_s=transfers.LINK_IDLE_S + 1)
     assert feeder_of(bench).closed
 
 

@@ -78,6 +78,23 @@ class TestRemoteDrafter:
         assert results == [RoundResult.LATE]
         assert drafts
 
+    def test_an_answer_that_came_during_a_long_step_was_in_time(self, remote: RemoteDrafter) -> None:
+        """It is read after the step, and somebody may have asked meanwhile whether there is one to wait for."""
+        prompt = list(request_of().prompt)
+        for length in range(2 * PATIENCE):
+            call = self.ask(remote, [*prompt, *range(2, 2 + length)], 10.0 * length)
+            assert remote.next_answer(10.0 * length) is not None
+            assert remote.next_answer(10.0 * length + 5.0) is None
+            results, _ = remote.answered(self.reply(call, 20 + length), 10.0 * length + 0.4)
+            assert results == [RoundResult.ANSWERED]
+        assert remote.round_trip_s == pytest.approx(0.4)
+
+    def test_a_request_that_comes_after_an_ask_does_not_hide_it(self, remote: RemoteDrafter) -> None:
+        self.ask(remote, list(request_of().prompt))
+        remote.open(request_of("b"))
+        assert remote.next_call((), 0.1) is not None
+        assert deadline(remote, 0.2) == 1.0
+
     def test_asks_do_not_wait_for_each_other(self, remote: RemoteDrafter) -> None:
         """A round trip may take longer than a step."""
         calls = [self.ask(remote, [0] * (21 + n), now=0.1 * n) for n in range(3)]

@@ -137,6 +137,7 @@ def place(sequence: Sequence, nodes: Nodes[int], rows: Rows) -> tuple[list[int],
         if node == ROOT:
             start = sequence.kv.computed
             if not sequence.kv.grow(len(sequence.tokens)):
+                growth.no_root()
                 continue
             growth.place_root()
             rows.add(sequence.tokens[start:], start, sequence.kv.blocks)

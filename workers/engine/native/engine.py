@@ -166,16 +166,18 @@ class NativeEngine:
     def tell_successors(self, count: int) -> None:
         self._successors = min(count, self.info.vocab_size)
 
-    def reserve(self, request: Request) -> Reservation:
+    def reserve(self, request: Request, headroom_tokens: int = 0) -> Reservation:
         sequence = self._new_sequence(request, decodes=True)
         self._scheduler.receive(sequence)
         sequence.kv.adopt(sequence.tokens)
         first = len(sequence.kv.blocks)
-        if not self._scheduler.fits(sequence, request.kv_tokens):
-            missing, available = sequence.kv.missing(request.kv_tokens), self._pool.available
+        room = min(sequence.room, self.info.context_length - len(sequence.tokens))  # of it the last one needs no KV
+        wanted = request.kv_tokens + min(headroom_tokens, room - 1)
+        if not self._scheduler.fits(sequence, wanted):
+            missing, available = sequence.kv.missing(wanted), self._pool.available
             self.release(request.id)
             raise OutOfBlocks(f"{missing} KV blocks wanted, {available} available, some of them for growth")
-        sequence.kv.grow(request.kv_tokens)
+        sequence.kv.grow(wanted)
         return Reservation(first, len(sequence.kv.blocks))
 
     def import_kv(self, request_id: str, first_block: int, kv: Tensor, first_layer: int = 0) -> None:
@@ -187,11 +189,32 @@ class NativeEngine:
             raise ValueError(f"KV is {tuple(kv.shape)} {kv.dtype}, expected blocks of {self.info.kv}")
         layers[:, list(table.blocks[first_block : first_block + count])] = kv.to(self._kv.device)
 
-    def activate(self, request_id: str, end_block: int | None = None) -> None:
+    def activate(self, request_id: str, end_block: int | None = None, output: Tokens[int] = ()) -> None:
         sequence = self._receiving(request_id)
-        came = sequence.request.kv_tokens if end_block is None else end_block * self._block_size
-        sequence.kv.advance(sequence.tokens, max(min(came, sequence.request.kv_tokens), sequence.kv.computed))
+        wanted = len(sequence.tokens) + len(output) - 1
+        if sequence.kv.missing(wanted):
+            raise ValueError(f"{len(output)} tokens came meanwhile, more than blocks were reserved for")
+        for token in output:
+            if sequence.append(token, self.info.eos_token_ids, self.info.context_length):
+                raise ValueError(f"request {request_id} is over with the tokens it got elsewhere")
+        came = wanted if end_block is None else min(end_block * self._block_size, wanted)
+        sequence.kv.advance(sequence.tokens, max(came, sequence.kv.computed))
+        if end_block is None:
+            sequence.kv.trim()
         self._scheduler.run(sequence)
+
+    def pause(self, request_id: str) -> bool:
+        sequence = self._sequences.get(request_id)
+        if sequence is None or not sequence.decoding:
+            return False
+        sequence.draft = EMPTY
+        self._scheduler.pause(sequence)
+        return True
+
+    def resume(self, request_id: str) -> None:
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and sequence in self._scheduler.paused:
+            self._scheduler.run(sequence)
 
     def _receiving(self, request_id: str) -> Sequence:
         sequence = self._sequences[request_id]
@@ -210,7 +233,8 @@ class NativeEngine:
         sequence = self._sequences.get(draft.request_id)
         if sequence is None or not sequence.decoding or draft.base != len(sequence.tokens):
             return False
-        if not all(0 <= token < self.info.vocab_size for token in draft.tree.tokens):
+        tokens = draft.tree.tokens
+        if min(tokens, default=0) < 0 or max(tokens, default=0) >= self.info.vocab_size:
             return False
         room = min(sequence.room, self.info.context_length - len(sequence.tokens)) - 1  # a step yields one token anyway
         sequence.draft = draft.tree.up_to(room)

@@ -84,6 +84,10 @@ class Growth:
         """The root's row is the sequence's own last token, in its own table."""
         self._home[ROOT], self._tip[None] = None, ROOT
 
+    def no_root(self) -> None:
+        """There is no block for that row: nothing grows until the next tokens are committed."""
+        self._barren.add(ROOT)
+
     def add(self, node: int, tokens: Sequence[int], chances: Sequence[float]) -> None:
         """What may follow a node, likeliest first."""
         self.tokens += tokens

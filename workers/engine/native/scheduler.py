@@ -6,7 +6,7 @@
 4. New sequences are admitted in order of arrival, as far as blocks and budget go.
 
 When a row needs a block and there is none, held sequences give theirs up, then the youngest that runs: their KV is
-computed again later. Blocks that wait for KV from elsewhere are never taken.
+computed again later. Blocks that wait for KV from elsewhere, and those of paused sequences, are never taken.
 """
 
 from collections import Counter, deque
@@ -77,6 +77,7 @@ class Scheduler:
         self.running: dict[Sequence, None] = {}
         self.held: dict[Sequence, None] = {}
         self.receiving: dict[Sequence, None] = {}
+        self.paused: dict[Sequence, None] = {}
         self._pool = pool
         self._max_batch_tokens = max_batch_tokens
         self._max_running = max_running
@@ -106,6 +107,12 @@ class Scheduler:
         sequence.state = SequenceState.HELD
         self.held[sequence] = None
 
+    def pause(self, sequence: Sequence) -> None:
+        """It is in no step until it runs again, and nobody may take its blocks."""
+        del self.running[sequence]
+        sequence.state = SequenceState.PAUSED
+        self.paused[sequence] = None
+
     def resume(self, sequence: Sequence) -> None:
         """A held sequence has something to do again. If its blocks were taken meanwhile it queues."""
         if sequence in self.held:
@@ -122,7 +129,7 @@ class Scheduler:
         if sequence.state is SequenceState.WAITING:
             self.waiting.remove(sequence)
         else:
-            for queue in (self.running, self.held, self.receiving):
+            for queue in (self.running, self.held, self.receiving, self.paused):
                 queue.pop(sequence, None)
 
     # --- a step -------------------------------------------------------------------------------------------------
@@ -268,3 +275,4 @@ class Scheduler:
         assert all(each.state is SequenceState.RUNNING for each in self.running)
         assert all(each.state is SequenceState.HELD and not each.decodes for each in self.held)
         assert all(each.state is SequenceState.RECEIVING for each in self.receiving)
+        assert all(each.state is SequenceState.PAUSED for each in self.paused)

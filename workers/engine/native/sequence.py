@@ -19,6 +19,7 @@ class SequenceState(StrEnum):
     RUNNING = "running"
     HELD = "held"
     RECEIVING = "receiving"
+    PAUSED = "paused"
 
 
 @dataclass(slots=True, eq=False)

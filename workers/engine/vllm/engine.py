@@ -130,7 +130,9 @@ class VllmEngine:
 
     # --- KV from and to elsewhere -------------------------------------------------------------------------------
 
-    def reserve(self, request: Request) -> Reservation:
+    def reserve(self, request: Request, headroom_tokens: int = 0) -> Reservation:
+        if headroom_tokens:
+            raise OutOfBlocks("vLLM does not take over a request that decodes elsewhere")
         sequence = self._new_sequence(request, decodes=True)
         sequence.state = State.RECEIVING
         if request.kv_tokens == 0:
@@ -155,7 +157,8 @@ class VllmEngine:
             raise ValueError(f"blocks {first_block}..{end_block} are not among those reserved")
         self._blocks.put(load.blocks[first_block:end_block], kv, first_layer)
 
-    def activate(self, request_id: str, end_block: int | None = None) -> None:
+    def activate(self, request_id: str, end_block: int | None = None, output: Tokens[int] = ()) -> None:
+        """`output` is always empty: see `reserve`."""
         sequence = self._receiving(request_id)
         sequence.state = State.COMPUTING
         load = self._connector.load(sequence.inner_id)
@@ -165,6 +168,13 @@ class VllmEngine:
         self._connector.end_load(sequence.inner_id, len(load.blocks) if end_block is None else end_block)
         if load.blocks:
             self._step_aside()
+
+    def pause(self, request_id: str) -> bool:
+        """Never: see `reserve`."""
+        return False
+
+    def resume(self, request_id: str) -> None:
+        """Nothing is ever paused."""
 
     def _receiving(self, request_id: str) -> Sequence:
         sequence = self._sequences[request_id]

@@ -1,0 +1,1 @@
+"""What operators see in a terminal: pictures and traces, drawn with rich."""
