@@ -5,7 +5,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from router.gate import Gate
@@ -70,18 +70,22 @@ actions = st.lists(st.tuples(st.sampled_from(["arrive", "leave", "turn"]), st.in
 
 
 @given(st.integers(1, 4), st.integers(0, 4), actions)
+@example(2, 1, [*[("arrive", 0)] * 4, ("leave", 0), ("turn", 0), ("leave", 1), ("leave", 2), ("arrive", 0)])
 def test_the_gate_keeps_its_bounds_and_its_order(
     max_active: int, max_queued: int, script: list[tuple[str, int]]
 ) -> None:
     async def main() -> None:
         counters = Metrics(ROUTER_SERIES)
         gate = Gate(AdmissionLimits(max_active, max_queued), counters)
-        served: list[int] = []
+        waited: list[int] = []
         tasks: list[asyncio.Task[None]] = []
 
         async def request(index: int) -> None:
+            full, overtakes = gate.active >= max_active, gate.queued > 0
             async with gate.admitted():
-                served.append(index)
+                assert full or not overtakes, "whoever finds a free place takes it from nobody"
+                if full:
+                    waited.append(index)
                 await asyncio.Event().wait()
 
         for action, which in script:
@@ -95,7 +99,7 @@ def test_the_gate_keeps_its_bounds_and_its_order(
             assert 0 <= gate.queued <= max_queued
         for _ in range(4):
             await asyncio.sleep(0)
-        assert served == sorted(served), "first come, first served"
+        assert waited == sorted(waited), "first come, first served"
         assert not (gate.queued and gate.active < max_active), "nobody waits beside a free place"
         assert (counters.value(ROUTER_ACTIVE), counters.value(ROUTER_QUEUED)) == (gate.active, gate.queued)
         for task in tasks:
