@@ -128,7 +128,7 @@ def test_workers_live_on_the_worker_hosts(deployment: Deployment) -> None:
     assert {host_of(worker) for worker in workers} == {hosts["worker-1"], hosts["worker-2"]}
     assert len({host_of(worker) for worker in workers if worker["role"] == "verify"}) == 2
     targets = json.loads((deployment.head.home / "tidemill-run/targets/production.json").read_text())
-    assert len(targets) == 5
+    assert len(targets) == 6, "router, controller and four workers"
     assert {target["labels"]["__scheme__"] for target in targets} == {"https"}
 
 
