@@ -99,7 +99,9 @@ class PhasedLatency:
     """Another line for prompts than for decoding, and for decoding another from so many rows on.
 
     The form is DistServe's (arXiv 2401.09670, appendix A). Its steps are of one phase only; here one of both costs what
-    the two would, less the smaller of their constants. Drafted rows count as rows that decode.
+    the two would, less the constant that both begin with: the weights are read once. That is the constant of a step
+    with few rows, whatever line the step is on; `decode_many` has part of it in its slope. Drafted rows count as rows
+    that decode.
     """
 
     prefill: LinearLatency
@@ -114,7 +116,7 @@ class PhasedLatency:
             return decode(work)
         if not rows:
             return self.prefill(work)
-        return self.prefill(work) + decode(work) - min(self.prefill.step_s, decode.step_s)
+        return self.prefill(work) + decode(work) - min(self.prefill.step_s, self.decode.step_s)
 
 
 def _decode_line(step_ms: float, context_token_ms: float, row_ms: float) -> LinearLatency:

@@ -1,7 +1,7 @@
 """Latency models against figures worked out by hand."""
 
 import random
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 
 import pytest
@@ -103,6 +103,13 @@ class TestOpt13B:
         prompt, decodes = StepWork(512, 512**2), StepWork(decode_rows=30, context_tokens=30_000)
         both = StepWork(512, 512**2, 30, 30_000)
         assert OPT_13B(prompt) + OPT_13B(decodes) - OPT_13B(both) == pytest.approx(16.45686e-3, rel=1e-6)
+
+    def test_a_prompt_adds_as_much_to_few_rows_as_to_many(self) -> None:
+        def added(rows: int) -> float:
+            plain = StepWork(decode_rows=rows, context_tokens=300 * rows)
+            return OPT_13B(replace(plain, prefill_tokens=512, prefill_squares=512**2)) - OPT_13B(plain)
+
+        assert added(95) == pytest.approx(added(94), rel=1e-6)
 
 
 class TestSettings:
