@@ -212,7 +212,7 @@ NODES_CHOSEN = _counter(
     "Mostly needed: verify workers are short of time for the goals.", "reason",
 )  # fmt: skip
 GOALS_OUT_OF_REACH = _counter(
-    "goals_out_of_reach_total", "Steps of requests whose drafts cannot bring as many tokens as their goal needs.",
+    "goals_out_of_reach_total", "Steps of requests whose goal is lost, or needs more tokens than their drafts bring.",
     "Relax the goal, add verify workers, or improve the draft.", "slo_class",
 )  # fmt: skip
 SELECTION_TIME = _latency(

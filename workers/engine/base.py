@@ -120,6 +120,14 @@ class StepOutput:
     seconds: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What a step is to leave for later ones."""
+
+    resting: frozenset[str] = frozenset()  # requests that decode, but not in this step
+    prompt_tokens: int | None = None  # of prompts, at most; None: as many as fit
+
+
 class LayerSink(Protocol):
     """Takes a prompt's KV layer by layer, while the step that computes it still runs; called on the engine's thread."""
 
@@ -224,6 +232,10 @@ class Engine(Protocol):
 
     def propose(self, draft: Draft) -> bool:
         """Attach a draft for the sequence's next step. False: stale, unknown or not verifiable; nothing happened."""
+        ...
+
+    def limit(self, limits: StepLimits) -> None:
+        """Of the next step, unless nothing would be left of it. An engine may disregard it, which costs speed alone."""
         ...
 
     def release(self, request_id: str) -> None:

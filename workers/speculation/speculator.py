@@ -15,10 +15,11 @@ from tidemill.core.metrics import Metrics
 from tidemill.core.model import Peer, Request
 from tidemill.core.settings import SpeculationSettings
 from tidemill.core.tree import ROOT, Shape, TokenTree
-from workers.engine.base import Engine, SequenceOutput, StepOutput
+from workers.engine.base import Engine, SequenceOutput, StepLimits, StepOutput
 from workers.speculation.acceptance import Proposal, Rule, check_pairing
 from workers.speculation.branch_cache import BranchCache
 from workers.speculation.calibration import Alpha, Calibration
+from workers.speculation.goals import Progress, Waiting, prompt_tokens, standing
 from workers.speculation.local import LocalDrafts
 from workers.speculation.pace import AtHand, Pace
 from workers.speculation.pool import DrafterPool
@@ -46,6 +47,8 @@ class Speculating:
     request: Request
     tokens: list[int]
     drafter: Peer | None
+    opened_at: float
+    prompt_left: int  # tokens whose KV is to be computed here before it decodes
     first_at: float | None = None  # when it got its first token here
     first_length: int = 0  # and how many tokens it then had
     offer: Offer | None = None
@@ -78,14 +81,18 @@ class Speculator:
         self._local = LocalDrafts(engine, settings)
         self._cache = BranchCache()
         self._requests: dict[str, Speculating] = {}
+        self._resting: frozenset[str] = frozenset()  # in the last step
+        self._steps = 0
 
     # --- requests -----------------------------------------------------------------------------------------------
 
-    def open(self, request: Request, tokens: list[int], drafter: Peer | None, now: float) -> None:
-        """Its draft worker computes its KV beside the prefill worker."""
+    def open(
+        self, request: Request, tokens: list[int], drafter: Peer | None, now: float, *, prompt_here: bool = False
+    ) -> None:
+        """Its draft worker computes its KV beside whoever computes the prompt; `prompt_here`: this worker does."""
         if self._settings.enabled:
             remote = drafter if REMOTE in self._settings.sources else None
-            self._requests[request.id] = Speculating(request, tokens, remote)
+            self._requests[request.id] = Speculating(request, tokens, remote, now, len(tokens) if prompt_here else 0)
             if remote is not None:
                 self._cache.open(request.id, tokens)
                 self._pool.open(remote, request, now)
@@ -103,9 +110,18 @@ class Speculator:
     def after_step(self, output: StepOutput, now: float) -> None:
         """Tokens were committed, and are in the lists."""
         found = [(known, each) for each in output.outputs if (known := self._requests.get(each.request_id))]
-        self._pace.stepped(output, sum(len(known.tokens) * (1 + each.drafted) for known, each in found), now)
+        contexts = [(len(known.tokens), 1 + each.drafted) for known, each in found]
+        self._pace.stepped(output, sum(n * rows for n, rows in contexts), sum(n for n, _ in contexts), now)
+        for progress in output.progress:
+            if progress.request_id in self._requests:
+                known = self._requests[progress.request_id]
+                known.prompt_left = len(known.tokens) - progress.computed_tokens
+        for request_id in output.preempted:
+            if request_id in self._requests:
+                self._requests[request_id].prompt_left = len(self._requests[request_id].tokens)
         for known, each in found:
             self._learn(known, each)
+            known.prompt_left = 0
             if known.first_at is None:
                 known.first_at, known.first_length = now, len(known.tokens)
             self._cache.commit(each.request_id, each.tokens)
@@ -133,7 +149,7 @@ class Speculator:
     def _ask(self, now: float) -> None:
         """Tell the draft workers what was committed, and what is wanted next."""
         decoding = self._decoding()
-        drafted_for = [each for each in decoding if each.drafter is not None]
+        drafted_for = [each for each in decoding if each.drafter is not None and each.request.id not in self._resting]
         shape, ahead = self._pace.shape(
             [each.alpha.value for each in decoding],
             sum(len(each.tokens) for each in decoding),
@@ -189,12 +205,16 @@ class Speculator:
     def before_step(self, now: float) -> None:
         """Propose what is best of what is at hand."""
         started = time.perf_counter()
-        decoding = self._decoding()
+        decoding, lost = self._take_part(self._decoding(), now)
         if not decoding:
             return
         offers = self._offers(decoding)
         candidates = [
-            Candidate(self._calibrated(offer.tree, offer.source), len(known.tokens), self._need(known, now))
+            Candidate(
+                self._calibrated(offer.tree, offer.source),
+                len(known.tokens),
+                1.0 if known.request.id in lost else self._need(known, now),
+            )
             for known, offer in zip(decoding, offers, strict=True)
         ]
         budget = self._pace.budget(len(decoding), sum(each.context for each in candidates))
@@ -202,11 +222,41 @@ class Speculator:
         self._pace.chosen(candidates, chosen, [offer.fate for offer in offers])
         for known, offer, nodes in zip(decoding, offers, chosen.nodes, strict=True):
             self._propose(known, offer, nodes)
-        for index in chosen.unmet:
-            self._metrics.add(metrics.GOALS_OUT_OF_REACH, slo_class=decoding[index].request.slo.name)
+        for request_id in lost | {decoding[index].request.id for index in chosen.unmet}:
+            self._metrics.add(metrics.GOALS_OUT_OF_REACH, slo_class=self._requests[request_id].request.slo.name)
         for reason in Reason:
             self._metrics.add(metrics.NODES_CHOSEN, chosen.count(reason), reason=reason)
         self._metrics.observe(metrics.SELECTION_TIME, time.perf_counter() - started)
+
+    def _take_part(self, decoding: list[Speculating], now: float) -> tuple[list[Speculating], set[str]]:
+        """Those that take part in the step, and whose goal is lost. The engine is told what is left for later."""
+        if not self._settings.adaptive:
+            return decoding, set()
+        self._steps += 1
+        progress = [self._progress(each, now) for each in decoding]
+        found = standing(progress, self._pace.round_s, self._pace.best_tpot_s, self._steps)
+        self._resting = frozenset(decoding[place].request.id for place in found.resting)
+        if found.pressed:
+            self._engine.limit(StepLimits(self._resting, self._prompt_tokens(now)))
+        taking_part = [each for each in decoding if each.request.id not in self._resting]
+        return taking_part, {decoding[place].request.id for place in found.lost}
+
+    @staticmethod
+    def _progress(known: Speculating, now: float) -> Progress:
+        assert known.first_at is not None
+        slo, decoded = known.request.slo, len(known.tokens) - known.first_length
+        late = known.first_at - known.opened_at > slo.ttft_s
+        return Progress(now - known.first_at, decoded, known.room + 1, slo.tpot_s, late)
+
+    def _prompt_tokens(self, now: float) -> int | None:
+        """How many the next step computes, at most."""
+        waiting = [each for each in self._requests.values() if each.prompt_left]
+        if not waiting or any(each.decoding for each in waiting):  # whose KV was taken, and who is late already
+            return None
+        return prompt_tokens(
+            [Waiting(each.prompt_left, now - each.opened_at, each.request.slo.ttft_s) for each in waiting],
+            self._pace.round_s,
+        )
 
     def _offers(self, decoding: Sequence[Speculating]) -> list[Offer]:
         """For each request the source from which most tokens are expected."""

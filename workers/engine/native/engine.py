@@ -27,6 +27,7 @@ from workers.engine.base import (
     Reservation,
     SequenceOutput,
     SequenceProgress,
+    StepLimits,
     StepOutput,
     Successors,
 )
@@ -80,6 +81,7 @@ class NativeEngine:
             settings.max_batch_tokens,
         )
         self._sequences: dict[str, Sequence] = {}
+        self._limits = StepLimits()  # of the next step
         self._successors = 0  # how many outputs tell of each token
         self._steps = 0
         self._step_s = 0.0
@@ -240,6 +242,9 @@ class NativeEngine:
         sequence.draft = draft.tree.up_to(room)
         return bool(sequence.draft)
 
+    def limit(self, limits: StepLimits) -> None:
+        self._limits = limits
+
     def release(self, request_id: str) -> None:
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
@@ -253,7 +258,8 @@ class NativeEngine:
 
     def step(self) -> StepOutput:
         started = time.perf_counter()
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(self._limits)
+        self._limits = StepLimits()
         preempted = tuple(each.request.id for each in plan.preempted)
         if not plan.slices and not plan.reached and not self._drafting:
             return StepOutput(preempted=preempted)

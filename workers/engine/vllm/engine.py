@@ -33,6 +33,7 @@ from workers.engine.base import (
     Reservation,
     SequenceOutput,
     SequenceProgress,
+    StepLimits,
     StepOutput,
 )
 from workers.engine.vllm.blocks import KvBlocks
@@ -220,6 +221,9 @@ class VllmEngine:
             return False
         sequence.chain = chain
         return True
+
+    def limit(self, limits: StepLimits) -> None:
+        """Disregarded: vLLM's scheduler decides what a step computes."""
 
     def follow(self, request_id: str, output: Tokens[int]) -> None:
         raise ValueError(f"request {request_id}: vLLM drafts for nobody; the draft pool runs the native engine")
