@@ -120,14 +120,6 @@ class StepOutput:
     seconds: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class StepLimits:
-    """What a step is to leave for later ones."""
-
-    resting: frozenset[str] = frozenset()  # requests that decode, but not in this step
-    prompt_tokens: int | None = None  # of prompts, at most; None: as many as fit
-
-
 class LayerSink(Protocol):
     """Takes a prompt's KV layer by layer, while the step that computes it still runs; called on the engine's thread."""
 
@@ -234,8 +226,11 @@ class Engine(Protocol):
         """Attach a draft for the sequence's next step. False: stale, unknown or not verifiable; nothing happened."""
         ...
 
-    def limit(self, limits: StepLimits) -> None:
-        """Of the next step, unless nothing would be left of it. An engine may disregard it, which costs speed alone."""
+    def limit_prompts(self, tokens: int) -> None:
+        """The next step computes at most so many tokens of prompts, unless it would have nothing else to do.
+
+        An engine may disregard it, which changes the speed of requests and nothing else.
+        """
         ...
 
     def release(self, request_id: str) -> None:

@@ -15,11 +15,11 @@ from tidemill.core.metrics import Metrics
 from tidemill.core.model import Peer, Request
 from tidemill.core.settings import SpeculationSettings
 from tidemill.core.tree import ROOT, Shape, TokenTree
-from workers.engine.base import Engine, SequenceOutput, StepLimits, StepOutput
+from workers.engine.base import Engine, SequenceOutput, StepOutput
 from workers.speculation.acceptance import Proposal, Rule, check_pairing
 from workers.speculation.branch_cache import BranchCache
 from workers.speculation.calibration import Alpha, Calibration
-from workers.speculation.goals import Progress, Waiting, prompt_tokens, standing
+from workers.speculation.goals import Progress, Waiting, prompt_tokens
 from workers.speculation.local import LocalDrafts
 from workers.speculation.pace import AtHand, Pace
 from workers.speculation.pool import DrafterPool
@@ -81,8 +81,6 @@ class Speculator:
         self._local = LocalDrafts(engine, settings)
         self._cache = BranchCache()
         self._requests: dict[str, Speculating] = {}
-        self._resting: frozenset[str] = frozenset()  # in the last step
-        self._steps = 0
 
     # --- requests -----------------------------------------------------------------------------------------------
 
@@ -149,7 +147,7 @@ class Speculator:
     def _ask(self, now: float) -> None:
         """Tell the draft workers what was committed, and what is wanted next."""
         decoding = self._decoding()
-        drafted_for = [each for each in decoding if each.drafter is not None and each.request.id not in self._resting]
+        drafted_for = [each for each in decoding if each.drafter is not None]
         shape, ahead = self._pace.shape(
             [each.alpha.value for each in decoding],
             sum(len(each.tokens) for each in decoding),
@@ -205,9 +203,10 @@ class Speculator:
     def before_step(self, now: float) -> None:
         """Propose what is best of what is at hand."""
         started = time.perf_counter()
-        decoding, lost = self._take_part(self._decoding(), now)
+        decoding = self._decoding()
         if not decoding:
             return
+        lost = self._regard_goals(decoding, now)
         offers = self._offers(decoding)
         candidates = [
             Candidate(
@@ -228,18 +227,14 @@ class Speculator:
             self._metrics.add(metrics.NODES_CHOSEN, chosen.count(reason), reason=reason)
         self._metrics.observe(metrics.SELECTION_TIME, time.perf_counter() - started)
 
-    def _take_part(self, decoding: list[Speculating], now: float) -> tuple[list[Speculating], set[str]]:
-        """Those that take part in the step, and whose goal is lost. The engine is told what is left for later."""
-        if not self._settings.adaptive:
-            return decoding, set()
-        self._steps += 1
-        progress = [self._progress(each, now) for each in decoding]
-        found = standing(progress, self._pace.round_s, self._pace.best_tpot_s, self._steps)
-        self._resting = frozenset(decoding[place].request.id for place in found.resting)
-        if found.pressed:
-            self._engine.limit(StepLimits(self._resting, self._prompt_tokens(now)))
-        taking_part = [each for each in decoding if each.request.id not in self._resting]
-        return taking_part, {decoding[place].request.id for place in found.lost}
+    def _regard_goals(self, decoding: Sequence[Speculating], now: float) -> set[str]:
+        """Has the engine hold prompts back if goals need that. Returns the requests whose goal is lost."""
+        progress = {each.request.id: self._progress(each, now) for each in decoding}
+        lost = {request_id for request_id, each in progress.items() if each.lost(self._pace.best_tpot_s)}
+        pressed = any(each.behind for request_id, each in progress.items() if request_id not in lost)
+        if pressed and self._settings.adaptive and (tokens := self._prompt_tokens(now)) is not None:
+            self._engine.limit_prompts(tokens)
+        return lost
 
     @staticmethod
     def _progress(known: Speculating, now: float) -> Progress:
@@ -249,7 +244,7 @@ class Speculator:
         return Progress(now - known.first_at, decoded, known.room + 1, slo.tpot_s, late)
 
     def _prompt_tokens(self, now: float) -> int | None:
-        """How many the next step computes, at most."""
+        """How many the next step should compute; None: there is nothing to hold back."""
         waiting = [each for each in self._requests.values() if each.prompt_left]
         if not waiting or any(each.decoding for each in waiting):  # whose KV was taken, and who is late already
             return None

@@ -3,9 +3,8 @@
 from tidemill.core.model import Request
 from tidemill.core.tree import TokenTree
 from tidemill.types import SamplingParams
-from workers.engine.base import StepLimits
 from workers.engine.native.pool import BlockPool
-from workers.engine.native.scheduler import NO_LIMITS, Plan, Scheduler
+from workers.engine.native.scheduler import Plan, Scheduler
 from workers.engine.native.sequence import Sequence, SequenceState
 from workers.engine.native.table import BlockTable
 from workers.engine.sampling import Sampler
@@ -52,8 +51,8 @@ class Bench:
         assert sequence.state is SequenceState.HELD
         return sequence
 
-    def step(self, limits: StepLimits = NO_LIMITS) -> Plan:
-        plan = self.scheduler.plan(limits)
+    def step(self, prompt_limit: int | None = None) -> Plan:
+        plan = self.scheduler.plan(prompt_limit)
         for piece in plan.slices:
             sequence = piece.sequence
             if piece.yields:
@@ -75,28 +74,24 @@ def rows(plan: Plan) -> list[tuple[Sequence, int, int, int]]:
     return [(each.sequence, each.start, each.rows, len(each.nodes)) for each in plan.slices]
 
 
-class TestLimits:
-    def test_who_rests_keeps_its_place_and_prompts_get_what_is_left_to_them(self) -> None:
+class TestPromptLimit:
+    def test_prompts_get_no_more(self) -> None:
         bench = Bench()
-        first, second, prompt = bench.decoding(5), bench.decoding(6), bench.waiting(20)
-        limits = StepLimits(frozenset({first.request.id}), prompt_tokens=7)
-        assert rows(bench.step(limits)) == [(second, 5, 1, 0), (prompt, 0, 7, 0)]
-        assert rows(bench.step(limits)) == [(second, 6, 1, 0), (prompt, 7, 7, 0)]
-        assert rows(bench.step()) == [(first, 4, 1, 0), (second, 7, 1, 0), (prompt, 14, 6, 0)]
+        decoding, prompt, new = bench.decoding(5), bench.waiting(10), bench.waiting(20)
+        assert rows(bench.step(7)) == [(decoding, 4, 1, 0), (prompt, 0, 7, 0)]
+        assert rows(bench.step(7)) == [(decoding, 5, 1, 0), (prompt, 7, 3, 0), (new, 0, 4, 0)]
+        assert rows(bench.step()) == [(decoding, 6, 1, 0), (prompt, 10, 1, 0), (new, 4, 16, 0)]
 
-    def test_no_prompt_begins_where_none_may(self) -> None:
+    def test_none_begins_where_none_may(self) -> None:
         bench = Bench()
         decoding, new = bench.decoding(5), bench.waiting(20)
-        assert rows(bench.step(StepLimits(prompt_tokens=0))) == [(decoding, 4, 1, 0)]
+        assert rows(bench.step(0)) == [(decoding, 4, 1, 0)]
         assert new.state is SequenceState.WAITING
 
-    def test_limits_that_leave_nothing_to_do_are_disregarded(self) -> None:
-        bench = Bench()
-        sequence = bench.decoding(5)
-        assert rows(bench.step(StepLimits(frozenset({sequence.request.id})))) == [(sequence, 4, 1, 0)]
+    def test_a_step_that_has_nothing_else_to_do_disregards_it(self) -> None:
         bench = Bench()
         prompt = bench.waiting(4)
-        assert rows(bench.step(StepLimits(prompt_tokens=0))) == [(prompt, 0, 4, 0)]
+        assert rows(bench.step(0)) == [(prompt, 0, 4, 0)]
 
 
 class TestOrder:

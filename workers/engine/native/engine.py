@@ -27,7 +27,6 @@ from workers.engine.base import (
     Reservation,
     SequenceOutput,
     SequenceProgress,
-    StepLimits,
     StepOutput,
     Successors,
 )
@@ -81,7 +80,7 @@ class NativeEngine:
             settings.max_batch_tokens,
         )
         self._sequences: dict[str, Sequence] = {}
-        self._limits = StepLimits()  # of the next step
+        self._prompt_limit: int | None = None  # of the next step
         self._successors = 0  # how many outputs tell of each token
         self._steps = 0
         self._step_s = 0.0
@@ -242,8 +241,8 @@ class NativeEngine:
         sequence.draft = draft.tree.up_to(room)
         return bool(sequence.draft)
 
-    def limit(self, limits: StepLimits) -> None:
-        self._limits = limits
+    def limit_prompts(self, tokens: int) -> None:
+        self._prompt_limit = tokens
 
     def release(self, request_id: str) -> None:
         sequence = self._sequences.pop(request_id, None)
@@ -258,8 +257,8 @@ class NativeEngine:
 
     def step(self) -> StepOutput:
         started = time.perf_counter()
-        plan = self._scheduler.plan(self._limits)
-        self._limits = StepLimits()
+        plan = self._scheduler.plan(self._prompt_limit)
+        self._prompt_limit = None
         preempted = tuple(each.request.id for each in plan.preempted)
         if not plan.slices and not plan.reached and not self._drafting:
             return StepOutput(preempted=preempted)

@@ -8,19 +8,16 @@
 When a row needs a block and there is none, held sequences give theirs up, then the youngest that runs: their KV is
 computed again later. Blocks that wait for KV from elsewhere, and those of paused sequences, are never taken.
 
-Latency goals may leave some of that for later steps: see StepLimits.
+Prompts may be held back for the sake of those that decode: see Engine.limit_prompts.
 """
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
 
 from tidemill.core.tree import EMPTY, ROOT, TokenTree
-from workers.engine.base import StepLimits
 from workers.engine.native.paths import TreePath, lay_out
 from workers.engine.native.pool import BlockPool
 from workers.engine.native.sequence import Sequence, SequenceState
-
-NO_LIMITS = StepLimits()
 
 
 @dataclass(slots=True)
@@ -151,24 +148,17 @@ class Scheduler:
         head.kv.clear()
         return fits
 
-    def plan(self, limits: StepLimits = NO_LIMITS) -> Plan:
-        """Choose the next step's rows and allocate their blocks. Limits that leave nothing to do are disregarded."""
-        plan = self._plan(limits)
-        return plan if plan.slices or plan.reached or limits == NO_LIMITS else self._plan(NO_LIMITS)
-
-    def _plan(self, limits: StepLimits) -> Plan:
+    def plan(self, prompt_limit: int | None = None) -> Plan:
+        """Choose the next step's rows and allocate their blocks; `prompt_limit`: see Engine.limit_prompts."""
         plan = Plan()
         decoding: list[Sequence] = []
         computing: list[Sequence] = []
         for each in self.running:
-            if not each.decoding:
-                computing.append(each)
-            elif each.request.id not in limits.resting:
-                decoding.append(each)
+            (decoding if each.decoding else computing).append(each)
         budget = self._max_batch_tokens - self._plan_decodes(plan, decoding)
         budget -= self._plan_drafts(plan, budget)
-        if limits.prompt_tokens is not None:
-            budget = min(budget, limits.prompt_tokens)
+        if prompt_limit is not None and plan.slices:
+            budget = min(budget, prompt_limit)
         budget -= self._plan_chunks(plan, computing, budget)
         self._admit(plan, budget)
         return plan

@@ -33,7 +33,6 @@ from workers.engine.base import (
     Reservation,
     SequenceOutput,
     SequenceProgress,
-    StepLimits,
     StepOutput,
 )
 from workers.engine.vllm.blocks import KvBlocks
@@ -222,7 +221,7 @@ class VllmEngine:
         sequence.chain = chain
         return True
 
-    def limit(self, limits: StepLimits) -> None:
+    def limit_prompts(self, tokens: int) -> None:
         """Disregarded: vLLM's scheduler decides what a step computes."""
 
     def follow(self, request_id: str, output: Tokens[int]) -> None:
