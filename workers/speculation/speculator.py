@@ -6,6 +6,7 @@ before a step  wait, if that is worth it -> choose nodes for all requests togeth
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -26,6 +27,7 @@ from workers.speculation.pool import DrafterPool
 from workers.speculation.remote import RoundResult, Want
 from workers.speculation.selection import Candidate, Reason, need, select
 from workers.speculation.step_time import StepTimes
+from workers.speculation.tally import Tally
 
 REMOTE = "draft"  # the source that draft workers are
 FIRST_ALPHA = 0.6
@@ -80,6 +82,7 @@ class Speculator:
         self._calibration = Calibration()
         self._local = LocalDrafts(engine, settings)
         self._cache = BranchCache()
+        self._tally = Tally()
         self._requests: dict[str, Speculating] = {}
 
     # --- requests -----------------------------------------------------------------------------------------------
@@ -123,6 +126,7 @@ class Speculator:
             if known.first_at is None:
                 known.first_at, known.first_length = now, len(known.tokens)
             self._cache.commit(each.request_id, each.tokens)
+        self._tally.flush(self._metrics)
         self._ask(now)
 
     def _learn(self, known: Speculating, output: SequenceOutput) -> None:
@@ -134,12 +138,8 @@ class Speculator:
         accepted = accepted_nodes(offer.tree, output.tokens)
         self._calibration.observe_verdict(offer.source, offer.tree, accepted)
         known.alpha.observe(offer.tree, accepted)
-        self._metrics.add(metrics.ACCEPTED_FROM, len(accepted), source=offer.source)
+        self._tally.verdict(offer.source, len(accepted), judged_levels(offer.tree, accepted))
         self._metrics.observe(metrics.DRAFT_LENGTH, len(accepted), slo_class=known.request.slo.name)
-        for depth in range(1, len(accepted) + 1):
-            self._metrics.add(metrics.ACCEPTED_AT_DEPTH, depth=str(depth), source=offer.source)
-        for depth in range(1, judged_levels(offer.tree, accepted) + 1):
-            self._metrics.add(metrics.OFFERED_AT_DEPTH, depth=str(depth), source=offer.source)
 
     def _decoding(self) -> list[Speculating]:
         return [each for each in self._requests.values() if each.decoding]
@@ -219,8 +219,13 @@ class Speculator:
         budget = self._pace.budget(len(decoding), sum(each.context for each in candidates))
         chosen = select(candidates, self._pace.times_for_choice, budget, self._pace.overhead_s).choice
         self._pace.chosen(candidates, chosen, [offer.fate for offer in offers])
-        for known, offer, nodes in zip(decoding, offers, chosen.nodes, strict=True):
-            self._propose(known, offer, nodes)
+        used = Counter(
+            (offer.source, offer.fate)
+            for known, offer, nodes in zip(decoding, offers, chosen.nodes, strict=True)
+            if nodes and self._propose(known, offer, nodes)
+        )
+        for (source, fate), count in used.items():
+            self._metrics.add(metrics.DRAFTS_USED, count, source=source, fate=fate)
         for request_id in lost | {decoding[index].request.id for index in chosen.unmet}:
             self._metrics.add(metrics.GOALS_OUT_OF_REACH, slo_class=self._requests[request_id].request.slo.name)
         for reason in Reason:
@@ -273,11 +278,13 @@ class Speculator:
         decoded = len(known.tokens) - known.first_length
         return need(now - known.first_at, self._pace.round_s, known.request.slo.tpot_s, decoded)
 
-    def _propose(self, known: Speculating, offer: Offer, nodes: Iterable[int]) -> None:
+    def _propose(self, known: Speculating, offer: Offer, nodes: Iterable[int]) -> bool:
+        """False if the engine takes no draft for it now."""
         tree = offer.tree.subset(nodes)
-        if tree and self._engine.propose(Draft(known.request.id, len(known.tokens), tree)):
-            known.offer = Offer(tree, offer.source, offer.fate)
-            self._metrics.add(metrics.DRAFTS_USED, source=offer.source, fate=offer.fate)
+        if not self._engine.propose(Draft(known.request.id, len(known.tokens), tree)):
+            return False
+        known.offer = Offer(tree, offer.source, offer.fate)
+        return True
 
     def close(self) -> None:
         self._pool.close()
