@@ -10,7 +10,7 @@ from tests.support.engines import SMALL, VOCABULARY, one_by_one
 from tests.support.workers import fixed_drafts, settings_of
 from tidemill.core import metrics
 from tidemill.core.messages import DraftReply, Submit, Tokens
-from tidemill.core.model import Request
+from tidemill.core.model import Request, SloClass
 from tidemill.core.tree import TokenTree
 from tidemill.types import SamplingParams
 from workers.engine.emulated import EmulatedEngine
@@ -206,6 +206,31 @@ class TestTogether:
         trio = Trio(settings_of(SMALL, fixed_drafts(enabled=False)), half_right)
         self.run(trio, lambda _: None)
         assert not trio.verify.streams
+
+    def test_a_goal_that_is_lost_is_reported_and_its_request_is_served_as_others_are(self) -> None:
+        trio = Trio(settings_of(SMALL, fixed_drafts(adaptive=True)))
+        hopeless = replace(request_of("hopeless", tokens=20), slo=SloClass("hopeless", 10.0, 1e-9))
+        for request in (hopeless, request_of("other", tokens=20)):
+            trio.verify.send(Submit(request, None))
+        for _ in range(5):
+            trio.verify.turn(advance_s=0.01)
+            assert len(trio.verify.tokens("hopeless")) == len(trio.verify.tokens("other"))
+        trio.verify.drain()
+        assert trio.verify.tokens("hopeless") == plain(hopeless)
+        assert trio.verify.metrics.value(metrics.GOALS_OUT_OF_REACH, slo_class="hopeless") > 0
+        assert trio.verify.metrics.value(metrics.GOALS_OUT_OF_REACH, slo_class="default") == 0
+
+    def test_prompts_take_their_time_while_a_request_is_behind_its_goal(self) -> None:
+        """0.2 s a token leave no time to compute a prompt at once that may take 100 s."""
+        trio = Trio(settings_of(SMALL, fixed_drafts(adaptive=True)))
+        slow = SloClass("slow", 100.0, 0.2)
+        trio.verify.send(Submit(replace(request_of("behind", tokens=100), slo=slow), None))
+        trio.verify.turn(2, advance_s=0.25)
+        trio.verify.send(Submit(replace(request_of("new", tokens=4), slo=slow), None))
+        trio.verify.turn(2, advance_s=0.25)
+        assert not trio.verify.tokens("new")
+        trio.verify.drain()
+        assert trio.verify.tokens("new") == plain(request_of("new", tokens=4))
 
     def test_a_stream_nobody_uses_is_closed(self, trio: Trio) -> None:
         self.run(trio, lambda _: trio.drafted())
