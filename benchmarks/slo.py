@@ -1,7 +1,7 @@
 """AdaServe's comparison in small: how many requests are served in their latency goal, by how drafts are chosen.
 
-    python -m benchmarks.slo           # on a virtual clock: the same each time, however busy the machine; 15 minutes
-    python -m benchmarks.slo --live    # workers in processes of their own, a router, gRPC; 2.5 hours, idle cores
+    python -m benchmarks.slo           # on a virtual clock: the same each time, however busy the machine; half an hour
+    python -m benchmarks.slo --live    # workers in processes of their own, a router, gRPC; hours, idle cores
     python -m benchmarks.slo --rates 7,8 --ways "k = 4,SLO-customized" --duration 20 --seeds 5
 
 Emulated engines (docs/emulated.md) behind the real roles, streams, draft trees and selection. The target costs what
@@ -11,8 +11,8 @@ computes prompts too; one draft worker.
 
 Three classes as in AdaServe (EuroSys'26), 60/20/20 % of requests: tight, 1.2 times the step of a lone request without
 drafts; middle, 1.5 times; relaxed, 4.5 times. A request attains its goal if its mean time per output token does, and
-its first token comes within 2 s. Arrivals are Poisson, the same for every way; prompts have 200 tokens in the median,
-answers 128, both log-normal with sigma 0.5.
+its first token comes within 2 s. Arrivals are Poisson, the same for every way, from several seeds; prompts have 200
+tokens in the median, answers 128, both log-normal with sigma 0.5.
 
 The ways: settings as they are out of the box; a chain of k = 2, 4, 6 for every request in every step, drafted when the
 last verdict is known; no drafts. `--live` stretches all times and goals alike, since a step costs some milliseconds of
@@ -57,7 +57,7 @@ TIMES_BASELINE = {"tight": 1.2, "middle": 1.5, "relaxed": 4.5}
 TTFT_S = 2.0
 OURS, NONE, FIXED = "SLO-customized", "no drafts", {f"k = {k}": k for k in (2, 4, 6)}
 WAYS = (OURS, *FIXED, NONE)
-RATES = "4,6,7,7.5,8,8.5,9,10,12"
+RATES = "4,7,8,8.5,9,10,12"
 VOCABULARY, CONTEXT = 512, 4096
 LIVE_STRETCH = 3.0
 SETTLED = 0.8  # attainment of the best fixed k at which ours is compared with it
