@@ -78,7 +78,7 @@ bench: env $(VLLM)/.installed
 	$(BIN)/python -m benchmarks.kv_link
 	$(BIN)/python -m benchmarks.migration
 	$(BIN)/python -m benchmarks.scraping
-	$(BIN)/python -m benchmarks.rebalance
+	$(BIN)/python -m benchmarks.roles
 	$(BIN)/python -m benchmarks.speculation
 	$(BIN)/python -m benchmarks.slo
 	$(BIN)/python -m benchmarks.router_throughput --ray-serve

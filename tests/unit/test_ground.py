@@ -25,6 +25,7 @@ from tidemill.types import FinishReason, SamplingParams, TokenLogprobs
 TABLES = [
     (lifecycle.RequestState, lifecycle.REQUEST_MOVES),
     (lifecycle.LeaseState, lifecycle.LEASE_MOVES),
+    (lifecycle.MoveState, lifecycle.MOVE_MOVES),
     (lifecycle.WorkerState, lifecycle.WORKER_MOVES),
 ]
 
