@@ -16,7 +16,8 @@ from tidemill import errors
 from tidemill.core import lifecycle, messages, wire
 from tidemill.core.metrics import ROUTER_SERIES, TTFT, WORKER_SERIES, Metrics
 from tidemill.core.model import Peer, Request, Role, SloClass, WorkerId, WorkerLoad
-from tidemill.core.settings import SettingsError, load_settings
+from tidemill.core.settings import SettingsError
+from tidemill.core.settings_file import load_settings
 from tidemill.core.text import TextStream, TokenizerError, load_tokenizer
 from tidemill.core.tree import Shape, TokenTree
 from tidemill.types import FinishReason, SamplingParams, TokenLogprobs
@@ -286,8 +287,8 @@ def test_series_of_a_library_pass_through_by_name() -> None:
     try:
         ours.set(3)
         other.set(4)
-        assert metrics.registry.get_sample_value("vllm:depth") == 3
-        assert metrics.registry.get_sample_value("foreign_depth") is None
+        assert "\nvllm:depth 3.0\n" in metrics.text()
+        assert "foreign_depth" not in metrics.text()
     finally:
         REGISTRY.unregister(ours)
         REGISTRY.unregister(other)
