@@ -63,6 +63,7 @@ class RouterServer:
             attach_over(self._channels),
             self._telemetry,
             lambda seconds: self.metrics.observe(metrics.CANCEL_TO_RELEASE, seconds),
+            stall_s=settings.deadlines.stall_s,
         )
         limits = AdmissionLimits(settings.router.max_active, settings.router.max_queued)
         self._gate = Gate(limits, self.metrics)
