@@ -88,6 +88,35 @@ class TestTogether:
         # The opens are one call, each step's asks another, and what ended is told with the next.
         assert calls <= trio.verify.metrics.value(metrics.STEPS, role="verify") + 1
 
+    def test_what_metrics_tell(self, trio: Trio) -> None:
+        """Each of what an operator looks at moves under load: by source, fate, depth and class."""
+
+        def between(index: int) -> None:
+            if index % 3:
+                trio.drafted()
+            else:  # what is asked for now comes a step late
+                trio.carry_replies()
+                trio.carry_calls()
+
+        self.run(trio, between)
+        verify = trio.verify.metrics
+        for fate in ("fresh", "branch"):
+            assert verify.value(metrics.DRAFTS_USED, source="draft", fate=fate) > 0
+        for depth in ("1", "2"):
+            offered = verify.value(metrics.OFFERED_AT_DEPTH, depth=depth, source="draft")
+            assert offered > verify.value(metrics.ACCEPTED_AT_DEPTH, depth=depth, source="draft") > 0
+        from_workers, accepted = verify.value(metrics.ACCEPTED_FROM, source="draft"), verify.value(metrics.ACCEPTED)
+        assert 0 < from_workers <= accepted
+        assert accepted / verify.value(metrics.VERIFIES) > 0.3
+
+        def of_histogram(series: metrics.Series, part: str, **labels: str) -> float:
+            return verify.registry.get_sample_value(f"{series.name}_{part}", labels) or 0.0
+
+        class_ = request_of().slo.name
+        assert of_histogram(metrics.DRAFT_LENGTH, "sum", slo_class=class_) == from_workers
+        assert of_histogram(metrics.SELECTION_TIME, "count") > 0
+        assert of_histogram(metrics.SELECTION_TIME, "sum") > 0
+
     def test_late(self, trio: Trio) -> None:
         def between(index: int) -> None:
             trio.carry_calls()
