@@ -17,6 +17,8 @@ from workers.engine.emulated import EmulatedEngine
 from workers.speculation import pool
 from workers.speculation.remote import PATIENCE
 
+EVERY_SOURCE = ("draft", "lookup", "recycling", "trigram", "early_layers")
+
 
 def request_of(name: str = "r", tokens: int = 20, max_tokens: int = 24) -> Request:
     prompt = tuple(2 + i * 7 % (VOCABULARY - 2) for i in range(tokens))
@@ -213,11 +215,29 @@ class TestTogether:
         assert self.result(trio, "answered") > used
         assert trio.verify.tokens("next") == plain(request_of("next"))
 
-    @pytest.mark.parametrize("sources", [("draft",), ("draft", "lookup", "recycling", "trigram", "early_layers")])
+    @pytest.mark.parametrize("sources", [("draft",), EVERY_SOURCE])
     def test_whatever_is_chosen(self, sources: tuple[str, ...]) -> None:
         """Shapes, sources and nodes that follow from measurements, which differ from run to run."""
         trio = Trio(settings_of(SMALL, fixed_drafts(adaptive=True, wait_s=1.0, sources=sources)), half_right)
         self.run(trio, lambda _: trio.drafted(), requests=6)
+        trio.assert_empty()
+
+    @pytest.mark.parametrize("strategy", ["chain", "beam", "heap", "static"])
+    def test_the_largest_trees_in_the_smallest_pool(self, strategy: str) -> None:
+        """All sources at once, requests of several tenants, which take each other's blocks on both workers."""
+        engine = SMALL.model_copy(update={"kv_blocks": 5, "max_batch_tokens": 24})
+        largest = {"max_depth": 16, "width": 16, "max_nodes": 64, "ahead": 4, "early_layers": 99}
+        drafts = fixed_drafts(strategy=strategy, wait_s=1.0, sources=EVERY_SOURCE, **largest)
+        trio = Trio(settings_of(engine, drafts), half_right)
+        wanted = [replace(request_of(f"r{i}", tokens=20 + 5 * i), tenant=f"tenant {i % 2}") for i in range(3)]
+        for request in wanted:
+            trio.verify.send(Submit(request, trio.draft.me))
+        while not all(trio.verify.over(request.id) for request in wanted):
+            trio.verify.turn()
+            trio.drafted()
+            trio.verify.engine.check()
+            trio.draft.engine.check()
+        assert {each.id: trio.verify.tokens(each.id) for each in wanted} == {each.id: plain(each) for each in wanted}
         trio.assert_empty()
 
     @pytest.mark.parametrize("source", ["lookup", "recycling", "trigram", "early_layers"])
