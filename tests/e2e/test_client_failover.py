@@ -16,7 +16,8 @@ from tests.support.scripted_worker import ScriptedWorker, expected_tokens, oblig
 from tests.support.stage import silent, started
 from tidemill import AsyncClient, Client, InvalidRequest, TokenLogprobs, Unavailable
 from tidemill.core.messages import Command, Event, Submit
-from tidemill.core.model import Role
+from tidemill.core.model import Member, Role
+from tidemill.core.settings import Settings
 from tidemill.proto import inference_pb2 as pb
 
 
@@ -31,9 +32,9 @@ async def worker() -> AsyncIterator[ScriptedWorker]:
 class RouterProcess:
     """Can be killed and stopped."""
 
-    def __init__(self, worker: ScriptedWorker) -> None:
-        member = (worker.member.peer.id.name, worker.member.peer.address, "verify")
-        arguments = [router_settings().model_dump_json(), json.dumps([member])]
+    def __init__(self, settings: Settings, members: Iterable[Member]) -> None:
+        known = [(each.peer.id.name, each.peer.address, str(each.role)) for each in members]
+        arguments = [settings.model_dump_json(), json.dumps(known)]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.support.router_process", *arguments],
             stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
@@ -72,7 +73,7 @@ def begins(count: int) -> Callable[[Command], Iterable[Event]]:
 async def test_a_stream_goes_on_at_the_other_router(worker: ScriptedWorker, how: signal.Signals) -> None:
     """Killed, its streams break; stopped, its pings stay unanswered for the stall limit."""
     worker.on = begins(5)
-    first = RouterProcess(worker)
+    first = RouterProcess(router_settings(), [worker.member])
     other = await started(router_settings(), worker)
     try:
         async with AsyncClient([await first.address(), other.address], stall=1.0, timeout=20.0) as client:
