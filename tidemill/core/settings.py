@@ -161,7 +161,9 @@ class RouterSettings(Section):
     host: str = "127.0.0.1"
     """Address to listen on. Other than loopback needs `tls` and `token_file`."""
     port: Port = 7071
-    """0: any free port."""
+    """0: any free port. Further replicas listen on the ports that follow, as their metrics and status pages do."""
+    replicas: Count = 1
+    """Routers over the same pools. Clients that know all of them go on at another when one fails."""
     tls: TlsSettings | None = None
     token_file: Path | None = None
     """File with the bearer token clients must send; none: no token asked for."""
@@ -291,7 +293,7 @@ class ControllerSettings(Section):
     """Watches the workers, and moves them between roles as the traffic changes."""
 
     rebalance: bool = True
-    """Off: roles change by `tidemill role` only."""
+    """Off: roles change by `tidemill role` only, or when no verify worker is left: then another worker becomes one."""
     level: bool = True
     """Decoding requests move from verify workers that are short of KV blocks to others that are not."""
     period_s: Seconds = 0.5
