@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,7 @@ err = Console(stderr=True)
 
 ConfigOption = Annotated[Path, typer.Option("--config", "-c", help="Settings file (YAML).")]
 NameOption = Annotated[str, typer.Option("--name", help="Cluster, as named in its settings.")]
-AddressOption = Annotated[str, typer.Option(help="Router, host:port.")]
+AddressOption = Annotated[str, typer.Option(help="Router, host:port; several with commas.")]
 SHOWN_DECISIONS, SHOWN_TRACES = 5, 20
 DEFAULT_NAME, DEFAULT_ADDRESS = "local", "127.0.0.1:7071"
 
@@ -63,7 +64,9 @@ def up(config: ConfigOption = Path("deploy/local.yaml")) -> None:
         from cluster import launch  # noqa: PLC0415
 
         state = launch.up(load_settings(config), _say)
-    out.print(f"[green]up[/]: the router listens at [bold]{state.router_address}[/]")
+    several = "," in state.router_address
+    listen = "routers listen" if several else "router listens"
+    out.print(f"[green]up[/]: the {listen} at [bold]{state.router_address}[/]")
     out.print('try: tidemill generate "def fib(n):" --max-tokens 64', highlight=False)
 
 
@@ -105,11 +108,12 @@ def status(
         cells = [each["worker"], each["role"], each["state"], each["running"], each["queued"], blocks]
         cells += [each["kv_blocks_leased"], each["steps"], each["metrics_address"], each["pid"]]
         table.add_row(*(str(cell) for cell in cells))
-    out.print(
-        f"router {described['address']}  model {described['model']}  active {described['active']}  "
-        f"queued {described['queued']}  metrics {described['metrics_address']}",
-        highlight=False,
-    )
+    for each in described["routers"]:
+        out.print(
+            f"{each['router']} {each['address']}  model {described['model']}  active {each['active']}  "
+            f"queued {each['queued']}  metrics {each['metrics_address']}  pid {each['pid']}",
+            highlight=False,
+        )
     out.print(table)
     controller = described["controller"]
     mode = "rebalances" if controller["rebalance"] else "leaves roles as they are"
@@ -117,10 +121,16 @@ def status(
     for each in [decision for decision in controller["decisions"] if decision["changes"]][:SHOWN_DECISIONS]:
         when = datetime.fromtimestamp(each["at"]).strftime("%H:%M:%S")
         out.print(f"  {when} {each['reason']}: {', '.join(each['changes'])}", highlight=False)
-    if described["page_address"]:
-        out.print(f"status page {described['page_address']}", highlight=False)
+    for each in described["routers"]:
+        if each["page_address"]:
+            out.print(f"status page {each['page_address']}", highlight=False)
     if described["logs"]:
         out.print(f"logs: {described['logs']}", highlight=False)
+
+
+def _busiest(pictures: dict[str, Any]) -> Any:
+    """Of several routers' pictures; all show the same workers, each its own requests."""
+    return max(pictures.values(), key=lambda each: each.front.active + each.front.queued)
 
 
 @app.command()
@@ -138,11 +148,11 @@ def top(
         from cluster.view.top import live  # noqa: PLC0415
 
         if not once:
-            with launch.asking_router(_state(name)) as ask:
-                live(out, lambda: ask("picture"))
+            with launch.asking_routers(_state(name)) as ask:
+                live(out, lambda: _busiest(ask("picture")))
             return
-        with contextlib.redirect_stdout(sys.stderr), launch.asking_router(_state(name)) as ask:
-            picture = ask("picture")
+        with contextlib.redirect_stdout(sys.stderr), launch.asking_routers(_state(name)) as ask:
+            picture = _busiest(ask("picture"))
     if as_json:
         out.print_json(json.dumps(asdict(picture)))
     else:
@@ -160,8 +170,12 @@ def trace(
         from cluster import launch  # noqa: PLC0415
         from cluster.view.trace import draw_list, draw_trace  # noqa: PLC0415
 
-        with contextlib.redirect_stdout(sys.stderr), launch.asking_router(_state(name)) as ask:
-            found = ask("trace", request) if request else ask("latest_traces")[:SHOWN_TRACES]
+        with contextlib.redirect_stdout(sys.stderr), launch.asking_routers(_state(name)) as ask:
+            if request:
+                found = next((each for each in ask("trace", request).values() if each is not None), None)
+            else:
+                latest = chain.from_iterable(ask("latest_traces").values())
+                found = sorted(latest, key=lambda each: -each.at)[:SHOWN_TRACES]
         if found is None:
             raise launch.LaunchError(
                 f"the router does not remember a request {request!r}; it keeps the latest that ended, "

@@ -1,7 +1,7 @@
 """The controller: watches the workers, tells the routers who is there, and moves workers between roles.
 
 One round:
-  1 workers   who is there, and what each says of itself          -> the routers, when it has changed
+  1 workers   who is there, and what each says of itself          -> the routers
   2 picture   what the routers saw of requests and workers
   3 decide    rebalancing -> changes of role, levelling -> moves of requests; each in the background
   4 tidy      switches that ended; workers that have drained and may go
@@ -11,6 +11,7 @@ It holds nothing that cannot be asked for again, so it may die and be restarted 
 
 import contextlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -18,7 +19,6 @@ from itertools import chain
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from cluster.discovery import Targets
@@ -31,9 +31,9 @@ from cluster.pools import (
     describe_workers,
     find,
     here,
-    router_names,
     worker_names,
 )
+from cluster.routers import Routers
 from cluster.steering import Steering, describe_decisions
 from cluster.telemetry import holders, merge
 from tidemill.core.channels import NodeChannels
@@ -41,13 +41,12 @@ from tidemill.core.exposition import MetricsServer
 from tidemill.core.metrics import CONTROLLER_SERIES, Metrics
 from tidemill.core.model import Decision, Member, Role
 from tidemill.core.settings import Settings
-from tidemill.core.telemetry import DecisionRecord, Decoding, RouterTelemetry
+from tidemill.core.telemetry import Decoding, RouterTelemetry
 
 log = logging.getLogger(__name__)
 
 ROUND_TIMEOUT_S = 5.0
 SILENT_ROUNDS = 6  # a worker that says nothing for so many rounds is no member until it speaks again
-ROUTER_TIMEOUT_S = 2.0
 SHOWN_DECISIONS = 12  # on the status page and in `tidemill top`
 
 
@@ -86,7 +85,7 @@ class ControllerActor:
         self._targets = Targets(settings)
         self._heads: dict[str, str] = {}  # routers and controller, and where their metrics are
         self._published: tuple[Member, ...] = ()
-        self._shown: tuple[DecisionRecord, ...] = ()
+        self._routers = Routers()
         self._reports: dict[str, WorkerReport | None] = {}
         self._metrics = Metrics(CONTROLLER_SERIES)
         self._steering = Steering(settings, self._metrics)
@@ -111,57 +110,53 @@ class ControllerActor:
 
     def _round(self) -> None:
         self._reports = describe_workers(worker_names())
-        names = router_names()
-        routers = [find(name) for name in names]
-        self._list_targets(names)
-        self._publish(routers)
+        self._routers.look()
+        self._publish()
+        self._list_targets()
         self._settle()
-        if self._settings.controller.rebalance or self._settings.controller.level:
-            pictures: list[RouterTelemetry] = ray.get(
-                [router.telemetry.remote() for router in routers], timeout=ROUTER_TIMEOUT_S
-            )
-            picture = merge(pictures)
-            if self._settings.controller.rebalance:
-                self._steer(picture, routers)
+        pictures: dict[str, RouterTelemetry] = self._routers.ask("telemetry")
+        if pictures:
+            picture = merge(list(pictures.values()))
+            self._steer(picture)
             if self._settings.controller.level:
-                self._level(picture, routers)
+                self._level(picture)
         for name, report in self._reports.items():
             if report is not None and report.retired:
                 log.info("%s has drained and goes", name)
                 _end(name)
 
-    def _list_targets(self, routers: list[str]) -> None:
-        """For Prometheus. A router is asked once where its metrics are."""
-        known = {name: self._heads.get(name) or _metrics_of(name) for name in routers}
+    def _list_targets(self) -> None:
+        """For Prometheus. A router that says nothing for a moment keeps its place, as workers do."""
+        described = self._routers.ask("describe") if self._settings.metrics.targets_file else {}
+        said = {name: str(each["metrics_address"]) for name, each in described.items()}
+        known = {name: said.get(name, self._heads.get(name, "")) for name in self._routers.names}
         self._heads = known | {CONTROLLER: self._metrics_address}
         self._targets.refresh(self._heads, self._reports)
 
-    def _publish(self, routers: list[ActorHandle]) -> None:
+    def _publish(self) -> None:
+        """Each round, changed or not: a router that was restarted knows nobody."""
         members = self._membership.update(self._reports)
         if members != self._published:
             log.info("members: %s", ", ".join(f"{member.peer.id} {member.role}" for member in members))
-            ray.get([router.set_members.remote(members) for router in routers], timeout=ROUTER_TIMEOUT_S)
             self._published = members
+        self._routers.ask("set_members", members)
 
-    def _steer(self, picture: RouterTelemetry, routers: list[ActorHandle]) -> None:
+    def _steer(self, picture: RouterTelemetry) -> None:
         for change in self._steering.decide(picture, time.monotonic(), time.time()):
             self._switching[change.worker] = find(change.worker).set_role.remote(str(change.to))
-        shown = tuple(self._steering.recent)[-SHOWN_DECISIONS:]
-        if shown != self._shown:
-            ray.get([router.set_decisions.remote(shown) for router in routers], timeout=ROUTER_TIMEOUT_S)
-            self._shown = shown
+        self._routers.ask("set_decisions", tuple(self._steering.recent)[-SHOWN_DECISIONS:])
 
-    def _level(self, picture: RouterTelemetry, routers: list[ActorHandle]) -> None:
+    def _level(self, picture: RouterTelemetry) -> None:
         """The routers move the requests, and say in their metrics what became of it."""
-        held: list[list[Decoding]] = ray.get([router.held.remote() for router in routers], timeout=ROUTER_TIMEOUT_S)
-        decision = level(holders(picture.workers, chain.from_iterable(held)), LevellingConfig())
+        held: dict[str, list[Decoding]] = self._routers.ask("held")
+        decision = level(holders(picture.workers, chain.from_iterable(held.values())), LevellingConfig())
         if not decision.choice:
             return
         log.info("levelling: %s, %s", decision.reason, ", ".join(map(str, decision.choice)))
-        serves = {each.request_id: router for router, theirs in zip(routers, held, strict=True) for each in theirs}
+        serves = {each.request_id: router for router, theirs in held.items() for each in theirs}
         at = {each.worker.name: each.worker for each in picture.workers}
         for move in decision.choice:
-            serves[move.request_id].level.remote(move.request_id, at[move.destination])
+            self._routers.tell(serves[move.request_id], "level", move.request_id, at[move.destination])
 
     def _settle(self) -> None:
         now = time.monotonic()
@@ -191,6 +186,7 @@ class ControllerActor:
         """For `tidemill status`."""
         return {
             "metrics_address": self._metrics_address,
+            "pid": os.getpid(),
             "rebalance": self._settings.controller.rebalance,
             "switching": {name: str(each.change.to) for name, each in self._steering.under_way.items()},
             "decisions": describe_decisions(self._steering.recent),
@@ -214,11 +210,6 @@ class ControllerActor:
         for name in chosen.leave:
             find(name).retire.remote()
         return decision
-
-
-def _metrics_of(router: str) -> str:
-    described: dict[str, Any] = ray.get(find(router).describe.remote(), timeout=ROUTER_TIMEOUT_S)
-    return str(described["metrics_address"])
 
 
 def _error_of(reference: Any) -> str | None:

@@ -23,6 +23,8 @@ from tidemill.core.settings import Settings
 
 SWITCH_TIMEOUT_S = 120.0
 NODES_PERIOD_S = 2.0
+ANSWER_S = 10.0
+ROUTER_KEYS = ("address", "metrics_address", "page_address", "active", "queued", "pid")
 STOP_TIMEOUT_S = 30.0  # a drain, and what comes after it
 Say = Callable[[str], None]
 
@@ -40,7 +42,7 @@ class ClusterState:
     ray_token: str
     head_pid: int | None  # None: the Ray cluster was there before, and stays
     folder: str  # Ray's sessions and logs
-    router_address: str = ""
+    router_address: str = ""  # as the client takes it: of several routers, with commas
     workers: tuple[str, ...] = ()
 
 
@@ -116,16 +118,17 @@ def up(settings: Settings, say: Say) -> ClusterState:
         say("starting the router and the workers")
         pools = Pools(settings)
         workers = pools.first_workers()
-        router = pools.start_router()
+        routers = pools.start_routers()
         handles = {name: pools.start_worker(name, role) for name, role in workers}
         ready_s = settings.ray.ready_s
-        address: str = _wait_for(router.start.remote(), "the router", ready_s)
+        addresses: list[str] = [_wait_for(router.start.remote(), name, ready_s) for name, router in routers.items()]
         for name, handle in handles.items():
             _wait_for(handle.describe.remote(), name, ready_s)
             say(f"{name} is ready")
         start_controller(settings)
-        _wait_until_serving(router, len(workers), ready_s)
-        state = ClusterState(**(asdict(state) | {"router_address": address, "workers": tuple(handles)}))
+        for router in routers.values():
+            _wait_until_serving(router, len(workers), ready_s)
+        state = ClusterState(**(asdict(state) | {"router_address": ",".join(addresses), "workers": tuple(handles)}))
         _write_state(state)
         return state
     except BaseException:
@@ -139,10 +142,9 @@ def _is_up(state: ClusterState) -> bool:
         return True
     try:
         connect(state)
-        find(ROUTER)
+        return bool(router_names())
     except (LaunchError, ValueError):
         return False
-    return True
 
 
 def _wait_for_nodes(settings: Settings, say: Say) -> None:
@@ -216,7 +218,8 @@ def status(state: ClusterState) -> dict[str, Any]:
     """The router's view and the workers' own words. Raises LaunchError."""
     connect(state)
     try:
-        described: dict[str, Any] = ray.get(find(ROUTER).describe.remote(), timeout=10.0)
+        routers = _answers("describe")
+        described: dict[str, Any] = next(iter(routers.values()))
         reports = ray.get(find(CONTROLLER).reports.remote(), timeout=10.0)
         controller = ray.get(find(CONTROLLER).describe.remote(), timeout=10.0)
     except (RayError, ValueError) as error:
@@ -228,19 +231,41 @@ def status(state: ClusterState) -> dict[str, Any]:
         report = by_name.get(worker["worker"].partition("@")[0])
         worker["pid"] = report.pid if report else None
         worker["metrics_address"] = report.metrics_address if report else ""
-    return described | {"controller": controller, "logs": f"{state.folder}/session_latest/logs" if state.folder else ""}
+    heads = [{"router": name} | {key: each[key] for key in ROUTER_KEYS} for name, each in routers.items()]
+    return described | {
+        "routers": heads,
+        "controller": controller,
+        "logs": f"{state.folder}/session_latest/logs" if state.folder else "",
+    }
+
+
+def _answers(method: str, *arguments: object) -> dict[str, Any]:
+    """Of the routers that answer, by name. Raises LaunchError if none does."""
+    asked = {name: getattr(find(name), method).remote(*arguments) for name in router_names()}
+    references = list(asked.values())
+    done, _ = ray.wait(references, num_returns=len(references), timeout=ANSWER_S) if references else ([], [])
+    answers, causes = {}, ["there is none" if not asked else "not in time"]
+    for name, reference in asked.items():
+        if reference in done:
+            try:
+                answers[name] = ray.get(reference)
+            except RayError as error:
+                causes.append(_cause(error))
+    if not answers:
+        raise LaunchError(f"no router answers: {causes[-1]}")
+    return answers
 
 
 @contextlib.contextmanager
-def asking_router(state: ClusterState) -> Iterator[Callable[..., Any]]:
-    """A function that calls a method of the router by its name. Raises LaunchError, now or when called."""
+def asking_routers(state: ClusterState) -> Iterator[Callable[..., dict[str, Any]]]:
+    """A function that calls a method of every router by its name: their answers. Raises LaunchError, now or then."""
     connect(state)
 
-    def ask(method: str, *arguments: object) -> Any:
+    def ask(method: str, *arguments: object) -> dict[str, Any]:
         try:
-            return ray.get(getattr(find(ROUTER), method).remote(*arguments), timeout=10.0)
+            return _answers(method, *arguments)
         except (RayError, ValueError) as error:
-            raise LaunchError(f"the router of {state.name!r} does not answer: {_cause(error)}") from error
+            raise LaunchError(f"the routers of {state.name!r} do not answer: {_cause(error)}") from error
 
     try:
         yield ask
@@ -315,7 +340,7 @@ def _stop_actors(state: ClusterState) -> None:
             actor = find(name)
         except ValueError:
             continue
-        if name in (CONTROLLER, ROUTER):
+        if name == CONTROLLER or name.startswith(ROUTER):
             _wait_quietly(actor.stop.remote())
         ray.kill(actor, no_restart=True)
 

@@ -3,10 +3,11 @@
 Actors are named and detached: they outlive the process that made them, and the controller finds them again by name.
 """
 
+import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster.head import free_port
 from tidemill.core.model import Member, Peer, Role, WorkerId
 from tidemill.core.picture import Picture
 from tidemill.core.settings import Settings
@@ -83,7 +85,9 @@ class WorkerActor:
 
 
 class RouterActor:
-    """Holds one router.RouterServer on the actor's own event loop."""
+    """Holds one router.RouterServer on the actor's own event loop. Ray restarts it when its process dies; it then
+    listens where it did, as soon as the controller tells it who the members are.
+    """
 
     def __init__(self, settings: Settings) -> None:
         _log_to_stderr()
@@ -91,11 +95,17 @@ class RouterActor:
 
         self._server = RouterServer(settings)
         self._drain_s = settings.deadlines.drain_s
+        self._started: asyncio.Task[str] | None = None
 
     async def start(self) -> str:
-        return await self._server.start()
+        """Listen, if it does not yet; returns the address."""
+        if self._started is None:
+            self._started = asyncio.create_task(self._server.start())
+        return await self._started
 
     async def set_members(self, members: Sequence[Member]) -> None:
+        """One that Ray restarted listens from then on: before, it could serve nobody."""
+        await self.start()
         await self._server.set_members(members)
 
     async def telemetry(self) -> RouterTelemetry:
@@ -140,12 +150,18 @@ class Pools:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
-    def start_router(self) -> ActorHandle:
-        """Constructed, not yet listening."""
+    def start_routers(self) -> dict[str, ActorHandle]:
+        """All replicas, by name; their first answer comes when they listen."""
+        return {
+            f"{ROUTER}-{index}": self._start_router(f"{ROUTER}-{index}", of_replica(self._settings, index))
+            for index in range(self._settings.router.replicas)
+        }
+
+    def _start_router(self, name: str, settings: Settings) -> ActorHandle:
         actor = ray.remote(RouterActor).options(
-            name=ROUTER, lifetime="detached", num_cpus=0, max_restarts=0, max_concurrency=64, scheduling_strategy=here()
+            name=name, lifetime="detached", num_cpus=0, max_restarts=-1, max_concurrency=64, scheduling_strategy=here()
         )
-        return actor.remote(self._settings)
+        return actor.remote(settings)
 
     def start_worker(self, name: str, role: Role) -> ActorHandle:
         """The actor loads its model in the background; its first answer comes when it serves."""
@@ -176,6 +192,22 @@ class Pools:
         counts = self._settings.pools
         roles = {Role.PREFILL: counts.prefill, Role.DRAFT: counts.draft, Role.VERIFY: counts.verify}
         return [(f"{role}-{index}", role) for role, count in roles.items() for index in range(count)]
+
+
+def of_replica(settings: Settings, index: int, free: Callable[[], int] = free_port) -> Settings:
+    """The settings of one router: ports of its own, and the one for clients fixed, so that it comes back there."""
+
+    def after(port: int) -> int:
+        return port + index if port else 0
+
+    router, metrics, page = settings.router, settings.metrics, settings.status_page
+    return settings.model_copy(
+        update={
+            "router": router.model_copy(update={"port": after(router.port) or free()}),
+            "metrics": metrics.model_copy(update={"router_port": after(metrics.router_port)}),
+            "status_page": page.model_copy(update={"port": after(page.port)}),
+        }
+    )
 
 
 def here() -> NodeAffinitySchedulingStrategy:

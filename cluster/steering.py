@@ -37,8 +37,9 @@ def rebalance_config(settings: Settings) -> RebalanceConfig:
         Role.VERIFY: _bounds(ours.verify),
     }
     return RebalanceConfig(
-        bounds, ours.headroom, ours.margin, ours.sustain_s, ours.cooldown_s, ours.dwell_s, settings.pools.draft
-    )
+        bounds, ours.headroom, ours.margin, ours.sustain_s, ours.cooldown_s, ours.dwell_s, settings.pools.draft,
+        only_heal=not ours.rebalance,
+    )  # fmt: skip
 
 
 def _bounds(bounds: RoleBounds) -> Bounds:

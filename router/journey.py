@@ -30,9 +30,10 @@ def _new_lifecycle() -> Lifecycle[RequestState]:
 class Journey:
     """Belongs to the coroutine that serves the request. Times are monotonic seconds."""
 
-    request: Request  # as it arrived
+    request: Request  # as it arrived; its output is what the client has from another router
     arrived_at: float
     deadline: float
+    router: str = ""  # tells its ids from those of other routers, which the same workers may know
     lifecycle: Lifecycle[RequestState] = field(default_factory=_new_lifecycle)
     sent: list[int] = field(default_factory=list)
     avoid: set[WorkerId] = field(default_factory=set)  # workers that failed it
@@ -78,7 +79,7 @@ class Journey:
     def next_id(self) -> str:
         """Under which the request has not been known to any worker."""
         self.attempts += 1
-        return f"{self.request.id}#{self.attempts}"
+        return f"{self.request.id}#{self.router}{self.attempts}"
 
     def prefilled(self, event: Prefilled | None, now: float) -> None:
         """The prompt's KV is computed; None if the verify worker had all of it."""
@@ -154,7 +155,7 @@ class Journey:
             model=model,
             finish_reason=self.finish,
             prompt_tokens=len(self.request.prompt),
-            output_tokens=len(self.sent),
+            output_tokens=len(self.request.output) + len(self.sent),
             seed=self.request.sampling.seed or 0,
             timing=self._timing(now),
             route=Route(self.prefill_worker, self.verify_worker, self.draft_worker, self.split_reason, self.retries),

@@ -78,7 +78,7 @@ class Moves:
         """`decoding`, with what each holds."""
         journeys = {request_id: each.journey for request_id, each in self._movable.items()}
         return [
-            Decoding(request_id, worker, len(journeys[request_id].request.prompt) + len(journeys[request_id].sent))
+            Decoding(request_id, worker, len(journeys[request_id].request.tokens) + len(journeys[request_id].sent))
             for request_id, worker in self.decoding().items()
         ]
 

@@ -249,7 +249,7 @@ class Router:
     async def _try_another(self, journey: Journey, refusal: AttemptRefused) -> None:
         """A worker without room is passed over until all have been asked; then the request waits a moment."""
         if refusal.reason is Refusal.TOO_LONG:
-            tokens = len(journey.request.prompt) + len(journey.sent)
+            tokens = len(journey.request.tokens) + len(journey.sent)
             raise InvalidRequest(
                 f"prompt and output of {tokens} tokens do not fit a worker's KV pool; shorten the prompt, "
                 "or raise engine.kv_blocks"

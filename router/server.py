@@ -63,6 +63,7 @@ class RouterServer:
             attach_over(self._channels),
             self._telemetry,
             lambda seconds: self.metrics.observe(metrics.CANCEL_TO_RELEASE, seconds),
+            stall_s=settings.deadlines.stall_s,
         )
         limits = AdmissionLimits(settings.router.max_active, settings.router.max_queued)
         self._gate = Gate(limits, self.metrics)
@@ -95,6 +96,9 @@ class RouterServer:
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.max_send_message_length", limit),
                 ("grpc.so_reuseport", 0),
+                # Clients ping to notice a router that is stopped: as often as they like.
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 0),
+                ("grpc.http2.max_ping_strikes", 0),
             ],
         )
         add_InferenceServicer_to_server(self._servicer, server)

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -70,6 +71,7 @@ class Servicer(InferenceServicer):
         self._traces = traces
         self._metrics = counters
         self._clock = clock
+        self._tag = f"{secrets.token_hex(3)}-"
         self._active: set[str] = set()  # ids clients gave, or were given
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> pb.GenerateResponse:
@@ -111,6 +113,7 @@ class Servicer(InferenceServicer):
     def _request(self, message: pb.GenerateRequest | pb.ChatRequest, prompt: list[int]) -> Request:
         card = self._model.card
         wire.check_prompt(prompt, card)
+        wire.check_tokens(message.received, card)
         sampling = wire.sampling_from_pb(message.sampling, card, len(prompt))
         engine, drafts = self._settings.engine.kind, self._settings.speculation.enabled
         if (fault := unsupported(engine, sampling, drafts=drafts)) is not None:
@@ -172,13 +175,16 @@ class Servicer(InferenceServicer):
             raise InvalidRequest(f"a request with id {request.id!r} is being served; ids must be unique")
         self._active.add(request.id)
         deadline = arrived_at + (self._settings.router.default_deadline_s if left_s is None else left_s)
-        journey = Journey(request, arrived_at, deadline)
+        journey = Journey(request, arrived_at, deadline, self._tag)
         self._telemetry.arrived(journey, arrived_at)
         return journey
 
     async def _answer(self, journey: Journey, emit: Emit) -> None:
         """Raises DeadlineExceeded wherever the request is when its time is over: in a queue, a stage or a write."""
         text = self._model.text_stream(journey.request.sampling.stop)
+        text.push(journey.request.output)  # came with the tokens that another router sent
+        if text.stopped:
+            raise InvalidRequest("received holds a stop string: the answer is complete")
         try:
             async with (
                 asyncio.timeout(journey.deadline - self._clock.monotonic()),

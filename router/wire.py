@@ -95,15 +95,20 @@ def check_prompt(tokens: Sequence[int], card: ModelCard) -> None:
     """Raises InvalidRequest."""
     if not tokens:
         raise InvalidRequest("the prompt is empty; send at least one token of text or token ids")
-    wrong = next((token for token in tokens if not 0 <= token < card.vocab_size), None)
-    if wrong is not None:
-        raise InvalidRequest(
-            f"token id {wrong} is outside the vocabulary of {card.name!r}, which has {card.vocab_size} tokens"
-        )
+    check_tokens(tokens, card)
     if len(tokens) >= card.context_length:
         raise InvalidRequest(
             f"the prompt has {len(tokens)} tokens, which leaves no room in the context of {card.context_length}; "
             "shorten it"
+        )
+
+
+def check_tokens(tokens: Iterable[int], card: ModelCard) -> None:
+    """Raises InvalidRequest for one that the model does not have."""
+    wrong = next((token for token in tokens if not 0 <= token < card.vocab_size), None)
+    if wrong is not None:
+        raise InvalidRequest(
+            f"token id {wrong} is outside the vocabulary of {card.name!r}, which has {card.vocab_size} tokens"
         )
 
 
@@ -119,11 +124,17 @@ def new_request(
     sampling: SamplingParams,
     classes: Mapping[str, SloSettings],
 ) -> Request:
-    """Raises InvalidRequest for an id, a tenant or a latency goal that cannot be."""
+    """Raises InvalidRequest for an id, a tenant, a latency goal or received tokens that cannot be."""
     check_name("request_id", message.request_id)
     check_name("tenant", message.tenant)
-    slo = slo_from_pb(message, classes)
-    return Request(message.request_id or secrets.token_hex(8), tuple(prompt), sampling, (), slo, message.tenant)
+    slo, received = slo_from_pb(message, classes), tuple(message.received)
+    if len(received) >= sampling.max_tokens:
+        raise InvalidRequest(
+            f"received has {len(received)} tokens, and the answer at most {sampling.max_tokens}: it is complete"
+        )
+    if received and not message.sampling.HasField("seed") and sampling.temperature > 0:
+        raise InvalidRequest("received without a seed: the rest would belong to another answer; send the seed too")
+    return Request(message.request_id or secrets.token_hex(8), tuple(prompt), sampling, received, slo, message.tenant)
 
 
 def slo_from_pb(message: pb.GenerateRequest | pb.ChatRequest, classes: Mapping[str, SloSettings]) -> SloClass:

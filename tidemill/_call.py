@@ -1,6 +1,7 @@
 """What both clients share: requests out, answers in, errors mapped, pauses between retries, channel options."""
 
 import random
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -33,6 +34,7 @@ NAMES_ARE_TEXT = "model, request_id and tenant must be text, and slo a class's n
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.05, 2.0
 HEALTH_METHOD, HEALTH_REQUEST = "/grpc.health.v1.Health/Check", b""  # of the server as a whole
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+RECONNECT_MS = 100
 
 _FINISH = {
     pb.FINISH_REASON_STOP_TOKEN: FinishReason.STOP_TOKEN,
@@ -65,17 +67,27 @@ class Tls:
 class CallOptions:
     """Where to call and how patiently."""
 
-    address: str
     token: str | None
     tls: Tls | None
     timeout_s: float | None
     retries: int
+    stall_s: float
 
     @property
     def channel_options(self) -> list[tuple[str, Any]]:
+        """A router that is stopped, or behind a cut cable, answers no pings: its calls end after `stall_s`."""
+        half_ms = max(int(self.stall_s * 500), 1)
         return [
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.keepalive_time_ms", half_ms),
+            ("grpc.keepalive_timeout_ms", half_ms),
+            ("grpc.http2.ping_timeout_ms", half_ms),
+            ("grpc.http2.max_pings_without_data", 0),
+            ("grpc.min_reconnect_backoff_ms", 2 * half_ms),
+            ("grpc.initial_reconnect_backoff_ms", RECONNECT_MS),
+            ("grpc.max_reconnect_backoff_ms", 10 * RECONNECT_MS),
+            ("grpc.use_local_subchannel_pool", 1),  # or clients of one process share connections and their options
         ]
 
     @property
@@ -88,6 +100,17 @@ class CallOptions:
         for _ in range(self.retries):
             yield pause * random.uniform(0.5, 1.5)
             pause = min(2 * pause, MAX_PAUSE_S)
+
+
+def addresses_of(address: str | Sequence[str]) -> tuple[str, ...]:
+    """`"a:1,b:2"` or a sequence of such. Raises InvalidRequest if there is none, or something else is in it."""
+    texts = [address] if isinstance(address, str) else list(address)
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidRequest(f"address is {address!r}; expected host:port, several separated by commas, or a list")
+    found = tuple(each.strip() for text in texts for each in text.split(",") if each.strip())
+    if not found:
+        raise InvalidRequest("no address is given; expected host:port of a router, or of several")
+    return tuple(dict.fromkeys(found))
 
 
 def sampling_params(params: SamplingParams | None, changes: dict[str, Any]) -> SamplingParams:
@@ -112,6 +135,8 @@ def _sampling_to_pb(sampling: SamplingParams) -> pb.SamplingParams:
                 raise InvalidRequest(
                     f"{field.name} is {value!r}, which has the wrong type or range: {error}"
                 ) from error
+    if message.temperature > 0 and not message.HasField("seed"):
+        message.seed = secrets.randbits(63)  # here, so that every router that is tried gives the same answer
     return message
 
 

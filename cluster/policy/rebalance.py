@@ -33,6 +33,7 @@ class RebalanceReason(StrEnum):
     """Why roles change, or do not."""
 
     TOO_EARLY = "too_early"  # the routers have seen too little to tell
+    OFF = "off"  # the settings leave roles as they are, and something can be decoded
     NO_VERIFY_LEFT = "no_verify_left"  # nothing can be decoded
     BELOW_LEAST = "below_least"  # a role has fewer workers than it must have
     PREFILL_SHORT = "prefill_short"
@@ -64,6 +65,7 @@ class RebalanceConfig:
     cooldown_s: float = 3.0
     dwell_s: float = 10.0
     drafters: int = 0  # draft workers to have while nothing is short
+    only_heal: bool = False  # nothing but a verify worker when there is none left
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ def rebalance(
     seen = Seen.of(situation.telemetry)
     memory = _remember(seen, memory, now)
     view = _view(situation, seen, memory, config, now)
-    wanted = _urgent(view, situation, config) or _worthwhile(view, situation, config)
+    wanted = _wanted(view, situation, config)
     memory = _accumulate(memory, view, wanted, config, now)
     if wanted.choice is None:
         return Decision((), wanted.reason), memory
@@ -170,6 +172,13 @@ def _residual(worker: WorkerTelemetry) -> int:
 
 
 # --- what is wanted ---------------------------------------------------------------------------------------------
+
+
+def _wanted(view: View, situation: Situation, config: RebalanceConfig) -> Wanted:
+    urgent = _urgent(view, situation, config)
+    if config.only_heal and (urgent is None or urgent.reason is RebalanceReason.BELOW_LEAST):
+        return Decision(None, RebalanceReason.OFF)
+    return urgent or _worthwhile(view, situation, config)
 
 
 def _urgent(view: View, situation: Situation, config: RebalanceConfig) -> Wanted | None:

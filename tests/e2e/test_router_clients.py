@@ -9,7 +9,7 @@ import pytest
 from router.server import RouterServer
 from tests.support.scripted_worker import ScriptedWorker, expected_tokens, obliging_verify, router_settings, step, whole
 from tests.support.stage import started
-from tidemill import AsyncClient, Client, Message, Overloaded, SamplingParams, TidemillError, Unavailable
+from tidemill import AsyncClient, Client, Message, Overloaded, SamplingParams, Unavailable
 from tidemill.core import metrics
 from tidemill.core.messages import Cancel, Submit
 from tidemill.core.model import Role
@@ -122,15 +122,34 @@ async def test_a_request_waits_out_a_restart_of_the_router(worker: ScriptedWorke
     await router.stop(0.0)
 
 
-async def test_a_stream_is_not_begun_again_after_its_first_chunk(worker: ScriptedWorker) -> None:
+async def test_a_stream_waits_out_a_restart_and_goes_on_after_its_tokens(worker: ScriptedWorker) -> None:
     router = await started(router_settings(), worker)
+    port = int(router.address.rpartition(":")[2])
     worker.on = lambda c: [step(c.request)] if isinstance(c, Submit) else ()
     async with AsyncClient(router.address, retries=10) as client:
-        stream = client.stream("x", max_tokens=50)
-        await anext(aiter(stream))
+        stream = aiter(client.stream("x", max_tokens=9))
+        first = await anext(stream)
         await router.stop(0.0)
-        with pytest.raises(TidemillError):
-            await anext(aiter(stream))
+        worker.on = obliging_verify(worker)
+        router = await started(router_settings(router={"port": port}), worker)
+        rest = [chunk async for chunk in stream]
+    sent = (await worker.heard(Submit)).request
+    assert (await worker.heard(Submit, 2)).request.output == first.tokens
+    assert tuple(token for chunk in [first, *rest] for token in chunk.tokens) == expected_tokens(sent, 9)
+    assert rest[-1].summary is not None
+    assert rest[-1].summary.output_tokens == 9
+    await router.stop(0.0)
+
+
+async def test_a_stream_whose_router_stays_away_ends_with_a_typed_error(worker: ScriptedWorker) -> None:
+    router = await started(router_settings(), worker)
+    worker.on = lambda c: [step(c.request)] if isinstance(c, Submit) else ()
+    async with AsyncClient(router.address, retries=2) as client:
+        stream = aiter(client.stream("x", max_tokens=50))
+        await anext(stream)
+        await router.stop(0.0)
+        with pytest.raises(Unavailable):
+            await anext(stream)
     assert worker.count(Submit) == 1
 
 

@@ -25,6 +25,7 @@ from tidemill.types import FinishReason, SamplingParams, TokenLogprobs
 TABLES = [
     (lifecycle.RequestState, lifecycle.REQUEST_MOVES),
     (lifecycle.LeaseState, lifecycle.LEASE_MOVES),
+    (lifecycle.MoveState, lifecycle.MOVE_MOVES),
     (lifecycle.WorkerState, lifecycle.WORKER_MOVES),
 ]
 
@@ -264,6 +265,19 @@ class TestText:
         early = stream.push(ids)
         assert early == "ab"
         assert early + stream.finish() == "ab\nclas"
+
+    @pytest.mark.parametrize("stop", [(), ("\nclass B",), ("x + 2", "def"), ("1\nclass C",)])
+    def test_a_second_stream_goes_on_after_the_tokens_of_a_first(
+        self, tokenizer: Tokenizer, stop: tuple[str, ...]
+    ) -> None:
+        ids = tokenizer.encode("return x + 1 \u2192 \U0001f30a\nclass A:\n", add_special_tokens=False).ids
+        for cut in range(len(ids)):
+            whole, other = TextStream(tokenizer, stop), TextStream(tokenizer, stop)
+            for token in ids[:cut]:
+                whole.push((token,))
+            other.push(ids[:cut])
+            rest = [whole.push((token,)) for token in ids[cut:]] + [whole.finish()]
+            assert [other.push((token,)) for token in ids[cut:]] + [other.finish()] == rest
 
     def test_broken_tokenizer(self, tmp_path: Path) -> None:
         with pytest.raises(TokenizerError, match="no such file"):

@@ -161,7 +161,9 @@ class RouterSettings(Section):
     host: str = "127.0.0.1"
     """Address to listen on. Other than loopback needs `tls` and `token_file`."""
     port: Port = 7071
-    """0: any free port."""
+    """0: any free port. Further replicas listen on the ports that follow, as their metrics and status pages do."""
+    replicas: Count = 1
+    """Routers over the same pools. Clients that know all of them go on at another when one fails."""
     tls: TlsSettings | None = None
     token_file: Path | None = None
     """File with the bearer token clients must send; none: no token asked for."""
@@ -234,6 +236,9 @@ class DeadlineSettings(Section):
     """From the end of prefill to the first token."""
     token_s: Seconds = 30.0
     """Between tokens of a running request."""
+    stall_s: Seconds = 3.0
+    """Silence after which a worker counts as stopped: its requests go on elsewhere. A live one is never silent for more
+    than a second, however long its step takes."""
     link_s: Seconds = 10.0
     """Opening a KV link, and one message on it."""
     lease_s: Seconds = 90.0
@@ -288,7 +293,7 @@ class ControllerSettings(Section):
     """Watches the workers, and moves them between roles as the traffic changes."""
 
     rebalance: bool = True
-    """Off: roles change by `tidemill role` only."""
+    """Off: roles change by `tidemill role` only, or when no verify worker is left: then another worker becomes one."""
     level: bool = True
     """Decoding requests move from verify workers that are short of KV blocks to others that are not."""
     period_s: Seconds = 0.5

@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etidemill/proto/inference.proto\x12\x0btidemill.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xec\x03\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\x08\x88\x01\x01\x12\x11\n\x04seed\x18\x0c \x01(\x04H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\rH\n\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_ignore_eosB\x07\n\x05_seedB\x0b\n\t_logprobs\"%\n\x03Slo\x12\x0e\n\x06ttft_s\x18\x01 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x02 \x01(\x01\"\xe8\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.tidemill.v1.TokenIdsH\x00\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.tidemill.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x11\n\tslo_class\x18\x06 \x01(\t\x12\x1d\n\x03slo\x18\x07 \x01(\x0b\x32\x10.tidemill.v1.Slo\x12\x0e\n\x06tenant\x18\x08 \x01(\tB\x08\n\x06prompt\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xc9\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12&\n\x08messages\x18\x02 \x03(\x0b\x32\x14.tidemill.v1.Message\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.tidemill.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x11\n\tslo_class\x18\x05 \x01(\t\x12\x1d\n\x03slo\x18\x06 \x01(\x0b\x32\x10.tidemill.v1.Slo\x12\x0e\n\x06tenant\x18\x07 \x01(\t\",\n\nTopLogprob\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"U\n\rTokenLogprobs\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12$\n\x03top\x18\x03 \x03(\x0b\x32\x17.tidemill.v1.TopLogprob\"\x89\x01\n\x06Timing\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x12\n\ntransfer_s\x18\x03 \x01(\x01\x12\x16\n\x0e\x66irst_decode_s\x18\x04 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x05 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x06 \x01(\x01\x12\x0f\n\x07total_s\x18\x07 \x01(\x01\"s\n\x05Route\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rverify_worker\x18\x02 \x01(\t\x12\x14\n\x0c\x64raft_worker\x18\x03 \x01(\t\x12\x14\n\x0csplit_reason\x18\x04 \x01(\t\x12\x0f\n\x07retries\x18\x05 \x01(\r\"T\n\x0bSpeculation\x12\x14\n\x0cverify_steps\x18\x01 \x01(\r\x12\x16\n\x0e\x64rafted_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x03 \x01(\r\"\xba\x02\n\x07Summary\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.tidemill.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x15\n\routput_tokens\x18\x05 \x01(\r\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12#\n\x06timing\x18\x07 \x01(\x0b\x32\x13.tidemill.v1.Timing\x12!\n\x05route\x18\x08 \x01(\x0b\x32\x12.tidemill.v1.Route\x12-\n\x0bspeculation\x18\t \x01(\x0b\x32\x18.tidemill.v1.Speculation\x12\'\n\x08sameness\x18\n \x01(\x0e\x32\x15.tidemill.v1.Sameness\"\x82\x01\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.tidemill.v1.TokenLogprobs\x12%\n\x07summary\x18\x04 \x01(\x0b\x32\x14.tidemill.v1.Summary\"\x85\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.tidemill.v1.TokenLogprobs\x12%\n\x07summary\x18\x04 \x01(\x0b\x32\x14.tidemill.v1.Summary\".\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\"\n\x10TokenizeResponse\x12\x0e\n\x06tokens\x18\x01 \x03(\r\"\x13\n\x11ListModelsRequest\"`\n\tModelCard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x19\n\x11has_chat_template\x18\x04 \x01(\x08\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.tidemill.v1.ModelCard*\x84\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x01\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03*h\n\x08Sameness\x12\x18\n\x14SAMENESS_UNSPECIFIED\x10\x00\x12\x12\n\x0eSAMENESS_EXACT\x10\x01\x12\x14\n\x10SAMENESS_ROUNDED\x10\x02\x12\x18\n\x14SAMENESS_DISTRIBUTED\x10\x03\x32\xc1\x03\n\tInference\x12G\n\x08Generate\x12\x1c.tidemill.v1.GenerateRequest\x1a\x1d.tidemill.v1.GenerateResponse\x12L\n\x0eGenerateStream\x12\x1c.tidemill.v1.GenerateRequest\x1a\x1a.tidemill.v1.GenerateChunk0\x01\x12?\n\x04\x43hat\x12\x18.tidemill.v1.ChatRequest\x1a\x1d.tidemill.v1.GenerateResponse\x12\x44\n\nChatStream\x12\x18.tidemill.v1.ChatRequest\x1a\x1a.tidemill.v1.GenerateChunk0\x01\x12G\n\x08Tokenize\x12\x1c.tidemill.v1.TokenizeRequest\x1a\x1d.tidemill.v1.TokenizeResponse\x12M\n\nListModels\x12\x1e.tidemill.v1.ListModelsRequest\x1a\x1f.tidemill.v1.ListModelsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etidemill/proto/inference.proto\x12\x0btidemill.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xec\x03\n\x0eSamplingParams\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\rH\x02\x88\x01\x01\x12\x12\n\x05top_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x07 \x01(\x01H\x06\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x08 \x01(\x01H\x07\x88\x01\x01\x12\x0c\n\x04stop\x18\t \x03(\t\x12\x16\n\x0estop_token_ids\x18\n \x03(\r\x12\x17\n\nignore_eos\x18\x0b \x01(\x08H\x08\x88\x01\x01\x12\x11\n\x04seed\x18\x0c \x01(\x04H\t\x88\x01\x01\x12\x15\n\x08logprobs\x18\r \x01(\rH\n\x88\x01\x01\x42\r\n\x0b_max_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\r\n\x0b_ignore_eosB\x07\n\x05_seedB\x0b\n\t_logprobs\"%\n\x03Slo\x12\x0e\n\x06ttft_s\x18\x01 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x02 \x01(\x01\"\xfa\x01\n\x0fGenerateRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12\'\n\x06tokens\x18\x03 \x01(\x0b\x32\x15.tidemill.v1.TokenIdsH\x00\x12-\n\x08sampling\x18\x04 \x01(\x0b\x32\x1b.tidemill.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x05 \x01(\t\x12\x11\n\tslo_class\x18\x06 \x01(\t\x12\x1d\n\x03slo\x18\x07 \x01(\x0b\x32\x10.tidemill.v1.Slo\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x10\n\x08received\x18\t \x03(\rB\x08\n\x06prompt\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xdb\x01\n\x0b\x43hatRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12&\n\x08messages\x18\x02 \x03(\x0b\x32\x14.tidemill.v1.Message\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.tidemill.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\x11\n\tslo_class\x18\x05 \x01(\t\x12\x1d\n\x03slo\x18\x06 \x01(\x0b\x32\x10.tidemill.v1.Slo\x12\x0e\n\x06tenant\x18\x07 \x01(\t\x12\x10\n\x08received\x18\x08 \x03(\r\",\n\nTopLogprob\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"U\n\rTokenLogprobs\x12\r\n\x05token\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12$\n\x03top\x18\x03 \x03(\x0b\x32\x17.tidemill.v1.TopLogprob\"\x89\x01\n\x06Timing\x12\x0f\n\x07queue_s\x18\x01 \x01(\x01\x12\x11\n\tprefill_s\x18\x02 \x01(\x01\x12\x12\n\ntransfer_s\x18\x03 \x01(\x01\x12\x16\n\x0e\x66irst_decode_s\x18\x04 \x01(\x01\x12\x0e\n\x06ttft_s\x18\x05 \x01(\x01\x12\x0e\n\x06tpot_s\x18\x06 \x01(\x01\x12\x0f\n\x07total_s\x18\x07 \x01(\x01\"s\n\x05Route\x12\x16\n\x0eprefill_worker\x18\x01 \x01(\t\x12\x15\n\rverify_worker\x18\x02 \x01(\t\x12\x14\n\x0c\x64raft_worker\x18\x03 \x01(\t\x12\x14\n\x0csplit_reason\x18\x04 \x01(\t\x12\x0f\n\x07retries\x18\x05 \x01(\r\"T\n\x0bSpeculation\x12\x14\n\x0cverify_steps\x18\x01 \x01(\r\x12\x16\n\x0e\x64rafted_tokens\x18\x02 \x01(\r\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\x03 \x01(\r\"\xba\x02\n\x07Summary\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x30\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x19.tidemill.v1.FinishReason\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12\x15\n\routput_tokens\x18\x05 \x01(\r\x12\x0c\n\x04seed\x18\x06 \x01(\x04\x12#\n\x06timing\x18\x07 \x01(\x0b\x32\x13.tidemill.v1.Timing\x12!\n\x05route\x18\x08 \x01(\x0b\x32\x12.tidemill.v1.Route\x12-\n\x0bspeculation\x18\t \x01(\x0b\x32\x18.tidemill.v1.Speculation\x12\'\n\x08sameness\x18\n \x01(\x0e\x32\x15.tidemill.v1.Sameness\"\x82\x01\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.tidemill.v1.TokenLogprobs\x12%\n\x07summary\x18\x04 \x01(\x0b\x32\x14.tidemill.v1.Summary\"\x85\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x0e\n\x06tokens\x18\x02 \x03(\r\x12,\n\x08logprobs\x18\x03 \x03(\x0b\x32\x1a.tidemill.v1.TokenLogprobs\x12%\n\x07summary\x18\x04 \x01(\x0b\x32\x14.tidemill.v1.Summary\".\n\x0fTokenizeRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\"\"\n\x10TokenizeResponse\x12\x0e\n\x06tokens\x18\x01 \x03(\r\"\x13\n\x11ListModelsRequest\"`\n\tModelCard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0e\x63ontext_length\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x19\n\x11has_chat_template\x18\x04 \x01(\x08\"<\n\x12ListModelsResponse\x12&\n\x06models\x18\x01 \x03(\x0b\x32\x16.tidemill.v1.ModelCard*\x84\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x01\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03*h\n\x08Sameness\x12\x18\n\x14SAMENESS_UNSPECIFIED\x10\x00\x12\x12\n\x0eSAMENESS_EXACT\x10\x01\x12\x14\n\x10SAMENESS_ROUNDED\x10\x02\x12\x18\n\x14SAMENESS_DISTRIBUTED\x10\x03\x32\xc1\x03\n\tInference\x12G\n\x08Generate\x12\x1c.tidemill.v1.GenerateRequest\x1a\x1d.tidemill.v1.GenerateResponse\x12L\n\x0eGenerateStream\x12\x1c.tidemill.v1.GenerateRequest\x1a\x1a.tidemill.v1.GenerateChunk0\x01\x12?\n\x04\x43hat\x12\x18.tidemill.v1.ChatRequest\x1a\x1d.tidemill.v1.GenerateResponse\x12\x44\n\nChatStream\x12\x18.tidemill.v1.ChatRequest\x1a\x1a.tidemill.v1.GenerateChunk0\x01\x12G\n\x08Tokenize\x12\x1c.tidemill.v1.TokenizeRequest\x1a\x1d.tidemill.v1.TokenizeResponse\x12M\n\nListModels\x12\x1e.tidemill.v1.ListModelsRequest\x1a\x1f.tidemill.v1.ListModelsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tidemill.proto.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=2415
-  _globals['_FINISHREASON']._serialized_end=2547
-  _globals['_SAMENESS']._serialized_start=2549
-  _globals['_SAMENESS']._serialized_end=2653
+  _globals['_FINISHREASON']._serialized_start=2451
+  _globals['_FINISHREASON']._serialized_end=2583
+  _globals['_SAMENESS']._serialized_start=2585
+  _globals['_SAMENESS']._serialized_end=2689
   _globals['_TOKENIDS']._serialized_start=47
   _globals['_TOKENIDS']._serialized_end=70
   _globals['_SAMPLINGPARAMS']._serialized_start=73
@@ -42,37 +42,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SLO']._serialized_start=567
   _globals['_SLO']._serialized_end=604
   _globals['_GENERATEREQUEST']._serialized_start=607
-  _globals['_GENERATEREQUEST']._serialized_end=839
-  _globals['_MESSAGE']._serialized_start=841
-  _globals['_MESSAGE']._serialized_end=881
-  _globals['_CHATREQUEST']._serialized_start=884
-  _globals['_CHATREQUEST']._serialized_end=1085
-  _globals['_TOPLOGPROB']._serialized_start=1087
-  _globals['_TOPLOGPROB']._serialized_end=1131
-  _globals['_TOKENLOGPROBS']._serialized_start=1133
-  _globals['_TOKENLOGPROBS']._serialized_end=1218
-  _globals['_TIMING']._serialized_start=1221
-  _globals['_TIMING']._serialized_end=1358
-  _globals['_ROUTE']._serialized_start=1360
-  _globals['_ROUTE']._serialized_end=1475
-  _globals['_SPECULATION']._serialized_start=1477
-  _globals['_SPECULATION']._serialized_end=1561
-  _globals['_SUMMARY']._serialized_start=1564
-  _globals['_SUMMARY']._serialized_end=1878
-  _globals['_GENERATECHUNK']._serialized_start=1881
-  _globals['_GENERATECHUNK']._serialized_end=2011
-  _globals['_GENERATERESPONSE']._serialized_start=2014
-  _globals['_GENERATERESPONSE']._serialized_end=2147
-  _globals['_TOKENIZEREQUEST']._serialized_start=2149
-  _globals['_TOKENIZEREQUEST']._serialized_end=2195
-  _globals['_TOKENIZERESPONSE']._serialized_start=2197
-  _globals['_TOKENIZERESPONSE']._serialized_end=2231
-  _globals['_LISTMODELSREQUEST']._serialized_start=2233
-  _globals['_LISTMODELSREQUEST']._serialized_end=2252
-  _globals['_MODELCARD']._serialized_start=2254
-  _globals['_MODELCARD']._serialized_end=2350
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2352
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2412
-  _globals['_INFERENCE']._serialized_start=2656
-  _globals['_INFERENCE']._serialized_end=3105
+  _globals['_GENERATEREQUEST']._serialized_end=857
+  _globals['_MESSAGE']._serialized_start=859
+  _globals['_MESSAGE']._serialized_end=899
+  _globals['_CHATREQUEST']._serialized_start=902
+  _globals['_CHATREQUEST']._serialized_end=1121
+  _globals['_TOPLOGPROB']._serialized_start=1123
+  _globals['_TOPLOGPROB']._serialized_end=1167
+  _globals['_TOKENLOGPROBS']._serialized_start=1169
+  _globals['_TOKENLOGPROBS']._serialized_end=1254
+  _globals['_TIMING']._serialized_start=1257
+  _globals['_TIMING']._serialized_end=1394
+  _globals['_ROUTE']._serialized_start=1396
+  _globals['_ROUTE']._serialized_end=1511
+  _globals['_SPECULATION']._serialized_start=1513
+  _globals['_SPECULATION']._serialized_end=1597
+  _globals['_SUMMARY']._serialized_start=1600
+  _globals['_SUMMARY']._serialized_end=1914
+  _globals['_GENERATECHUNK']._serialized_start=1917
+  _globals['_GENERATECHUNK']._serialized_end=2047
+  _globals['_GENERATERESPONSE']._serialized_start=2050
+  _globals['_GENERATERESPONSE']._serialized_end=2183
+  _globals['_TOKENIZEREQUEST']._serialized_start=2185
+  _globals['_TOKENIZEREQUEST']._serialized_end=2231
+  _globals['_TOKENIZERESPONSE']._serialized_start=2233
+  _globals['_TOKENIZERESPONSE']._serialized_end=2267
+  _globals['_LISTMODELSREQUEST']._serialized_start=2269
+  _globals['_LISTMODELSREQUEST']._serialized_end=2288
+  _globals['_MODELCARD']._serialized_start=2290
+  _globals['_MODELCARD']._serialized_end=2386
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2388
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2448
+  _globals['_INFERENCE']._serialized_start=2692
+  _globals['_INFERENCE']._serialized_end=3141
 # @@protoc_insertion_point(module_scope)

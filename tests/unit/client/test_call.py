@@ -90,7 +90,7 @@ def test_values_of_the_wrong_kind() -> None:
 
 @given(st.integers(0, 20))
 def test_pauses_grow_are_bounded_and_differ(retries: int) -> None:
-    options = _call.CallOptions("a", None, None, None, retries)
+    options = _call.CallOptions(None, None, None, retries, 5.0)
     pauses = list(options.pauses())
     assert len(pauses) == retries
     for index, pause in enumerate(pauses):

@@ -89,6 +89,16 @@ def test_without_a_verify_worker_another_becomes_one_whatever_the_dwell() -> Non
     assert {change.to for change in changes} == {Role.VERIFY}
 
 
+def test_switched_off_roles_stay_until_no_verify_worker_is_left() -> None:
+    off = RebalanceConfig(bounds=NO_LIMITS | {Role.PREFILL: Bounds(2, None)}, only_heal=True)
+    run = Run(cluster_of(1, 0, 5), off).advance(PROMPTS, 60)
+    assert (run.split, run.changes) == ((1, 0, 5), []), "neither a load nor a bound moves anyone"
+    assert run.reasons[RebalanceReason.OFF] > 0
+    run = Run(cluster_of(3, 0, 0), off).advance(Load(1, 100, 10), 10)
+    assert run.split[2] >= 1
+    assert len(run.changes) == 1
+
+
 def test_draft_workers_are_lent_to_a_role_that_is_short_and_come_back() -> None:
     config = RebalanceConfig(drafters=2)
     run = Run(cluster_of(4, 2, 4), config, drafts=True).advance(replace(PROMPTS, rate=22), 60)
