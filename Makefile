@@ -32,9 +32,9 @@ demo: env
 	@$(BIN)/tidemill demo
 endif
 
-# make unit: the tests that need no process but their own, under a minute.
+# make unit: the tests that need nothing but memory, under a minute on two cores.
 unit: env
-	$(BIN)/python -m pytest tests/unit tests/contract
+	$(BIN)/python -m pytest -n 2 tests/unit
 
 lint: env
 	$(BIN)/ruff check .
@@ -48,7 +48,8 @@ e2e: env
 	$(BIN)/python -m pytest tests/e2e
 
 test: lint types env
-	$(BIN)/python -m pytest tests --ignore=tests/deploy
+	$(BIN)/python -m pytest -n 2 tests/unit tests/contract tests/sim
+	$(BIN)/python -m pytest tests/e2e
 
 # make test-deploy: what operators use, for real: Prometheus, a browser, and `ray up` on three hosts. Needs Debian and root.
 test-deploy: env

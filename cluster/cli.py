@@ -17,7 +17,8 @@ from rich.table import Table
 from cluster.bench.command import bench
 from tidemill import Client, Message, TidemillError
 from tidemill.core.model import Role
-from tidemill.core.settings import SettingsError, load_settings
+from tidemill.core.settings import SettingsError
+from tidemill.core.settings_file import load_settings
 
 app = typer.Typer(
     help="Serve large language models from pools of prefill, draft and verify workers on a Ray cluster.",

@@ -33,7 +33,8 @@ from cluster.bench.drive import Driver
 from cluster.bench.summary import CANCELLED, DROPPED, OK, ClassSummary, Exchange, failures, summarise
 from tidemill import AsyncClient, Slo, TidemillError, Tls
 from tidemill.core.model import DEFAULT_SLO
-from tidemill.core.settings import SettingsError, SloSettings, load_settings
+from tidemill.core.settings import SettingsError, SloSettings
+from tidemill.core.settings_file import load_settings
 
 DEFAULT_ADDRESS = "127.0.0.1:7071"
 DEFAULT_GOALS = {"default": SloSettings(ttft_s=DEFAULT_SLO.ttft_s, tpot_s=DEFAULT_SLO.tpot_s)}

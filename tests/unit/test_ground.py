@@ -16,7 +16,8 @@ from tidemill import errors
 from tidemill.core import lifecycle, messages, wire
 from tidemill.core.metrics import ROUTER_SERIES, TTFT, WORKER_SERIES, Metrics
 from tidemill.core.model import Peer, Request, Role, SloClass, WorkerId, WorkerLoad
-from tidemill.core.settings import SettingsError, load_settings
+from tidemill.core.settings import SettingsError
+from tidemill.core.settings_file import load_settings
 from tidemill.core.text import TextStream, TokenizerError, load_tokenizer
 from tidemill.core.tree import Shape, TokenTree
 from tidemill.types import FinishReason, SamplingParams, TokenLogprobs

@@ -17,7 +17,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from tidemill.core.model import Role
-from tidemill.core.settings import Settings, load_settings
+from tidemill.core.settings import Settings
+from tidemill.core.settings_file import load_settings
 
 DEPLOY = Path(__file__).parents[3] / "deploy"
 KUBERAY, SCHEMAS = DEPLOY / "kuberay", DEPLOY.parents[1] / "shared" / "data" / "kuberay"
