@@ -32,7 +32,8 @@ def test_processes_are_forked_and_nothing_stays(tmp_path: Path) -> None:
     lines = [line.split() for line in out.splitlines() if line.startswith(("True", "False", "ended"))]
     assert [line[:3] for line in lines[::2]] == [["True", "__main__", status] for status in "345"]
     assert [line[1] for line in lines[1::2]] == ["3", "4", "5"], "exit statuses are passed on"
-    assert all(float(line[2]) < 2.0 for line in lines[3::2]), "but for the first, none imports anything"
+    first, *others = (float(line[2]) for line in lines[1::2])
+    assert max(others) < first / 2, "but for the first, none imports anything"
     socket = Path(tempfile.gettempdir()) / f"tidemill-{os.getuid()}" / f"preimported-{raylet.pid}"
     deadline = time.monotonic() + 10
     while socket.exists():
