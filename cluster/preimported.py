@@ -77,9 +77,21 @@ def _read(connection: socket.socket, count: int) -> bytes:
 
 def serve(listener: socket.socket, raylet: int) -> Fork | None:
     """Fork for whoever asks; returns in each fork what it is to run, and None in the server when the raylet ended."""
-    choose_openmp()
-    for module in MODULES:
-        importlib.import_module(module)
+    server = os.getpid()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+    try:
+        choose_openmp()
+        for module in MODULES:
+            importlib.import_module(module)
+        return _fork_for_askers(listener, raylet)
+    finally:
+        if os.getpid() == server:
+            Path(listener.getsockname()).unlink(missing_ok=True)
+        listener.close()
+
+
+def _fork_for_askers(listener: socket.socket, raylet: int) -> Fork | None:
+    """See `serve`."""
     listener.settimeout(LOOK_S)
     askers: dict[int, socket.socket] = {}
     while _lives(raylet):
@@ -97,7 +109,7 @@ def serve(listener: socket.socket, raylet: int) -> Fork | None:
             continue
         fork = os.fork()
         if fork == 0:
-            for each in (listener, asker, *askers.values()):
+            for each in (asker, *askers.values()):
                 each.close()
             return wanted, streams
         for stream in streams:
@@ -105,7 +117,6 @@ def serve(listener: socket.socket, raylet: int) -> Fork | None:
         askers[fork] = asker
         with contextlib.suppress(OSError):
             asker.sendall(fork.to_bytes(4, "big"))
-    Path(listener.getsockname()).unlink(missing_ok=True)
     return None
 
 
@@ -126,6 +137,7 @@ def _tell_ended(askers: dict[int, socket.socket]) -> None:
 
 def run(wanted: dict[str, object], streams: list[int]) -> None:
     """Become what was asked for."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.setsid()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
