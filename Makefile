@@ -57,9 +57,9 @@ test-deploy: env
 	  test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing; }
 	$(BIN)/python -m pytest tests/deploy
 
-# make identity: the same tokens through every way, for all held-out prompts.
+# make identity: the same tokens through every way, with every source and builder of drafts, for all held-out prompts.
 identity: env
-	$(BIN)/python -m pytest tests/e2e/test_identity.py tests/e2e/test_drafts.py --all-prompts --timeout 1200
+	$(BIN)/python -m pytest tests/e2e/test_identity.py tests/e2e/test_drafts.py --all-prompts --timeout 1200 -vv
 
 # make switches: 60 changes of role in a row under streaming load.
 switches: env
@@ -78,7 +78,7 @@ bench: env $(VLLM)/.installed
 	$(BIN)/python -m benchmarks.kv_link
 	$(BIN)/python -m benchmarks.migration
 	$(BIN)/python -m benchmarks.scraping
-	$(BIN)/python -m benchmarks.rebalance
+	$(BIN)/python -m benchmarks.roles
 	$(BIN)/python -m benchmarks.speculation
 	$(BIN)/python -m benchmarks.slo
 	$(BIN)/python -m benchmarks.router_throughput --ray-serve

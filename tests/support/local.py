@@ -145,6 +145,12 @@ class ProcessWorker:
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
+    def trouble_links(self, how: str) -> None:
+        """Of the KV that comes to it; see worker_process."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{how}\n".encode())
+        self._process.stdin.flush()
+
     def end(self) -> None:
         """Closing its standard input ends it; a killed or stopped one is reaped all the same."""
         self._process.send_signal(signal.SIGKILL)

@@ -236,6 +236,9 @@ class DeadlineSettings(Section):
     """From the end of prefill to the first token."""
     token_s: Seconds = 30.0
     """Between tokens of a running request."""
+    stall_s: Seconds = 3.0
+    """Silence after which a worker counts as stopped: its requests go on elsewhere. A live one is never silent for more
+    than a second, however long its step takes."""
     link_s: Seconds = 10.0
     """Opening a KV link, and one message on it."""
     lease_s: Seconds = 90.0

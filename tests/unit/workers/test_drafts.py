@@ -17,6 +17,8 @@ from workers.engine.emulated import EmulatedEngine
 from workers.speculation import pool
 from workers.speculation.remote import PATIENCE
 
+EVERY_SOURCE = ("draft", "lookup", "recycling", "trigram", "early_layers")
+
 
 def request_of(name: str = "r", tokens: int = 20, max_tokens: int = 24) -> Request:
     prompt = tuple(2 + i * 7 % (VOCABULARY - 2) for i in range(tokens))
@@ -87,6 +89,35 @@ class TestTogether:
         self.run(trio, between, requests=6)
         # The opens are one call, each step's asks another, and what ended is told with the next.
         assert calls <= trio.verify.metrics.value(metrics.STEPS, role="verify") + 1
+
+    def test_what_metrics_tell(self, trio: Trio) -> None:
+        """Each of what an operator looks at moves under load: by source, fate, depth and class."""
+
+        def between(index: int) -> None:
+            if index % 3:
+                trio.drafted()
+            else:  # what is asked for now comes a step late
+                trio.carry_replies()
+                trio.carry_calls()
+
+        self.run(trio, between)
+        verify = trio.verify.metrics
+        for fate in ("fresh", "branch"):
+            assert verify.value(metrics.DRAFTS_USED, source="draft", fate=fate) > 0
+        for depth in ("1", "2"):
+            offered = verify.value(metrics.OFFERED_AT_DEPTH, depth=depth, source="draft")
+            assert offered > verify.value(metrics.ACCEPTED_AT_DEPTH, depth=depth, source="draft") > 0
+        from_workers, accepted = verify.value(metrics.ACCEPTED_FROM, source="draft"), verify.value(metrics.ACCEPTED)
+        assert 0 < from_workers <= accepted
+        assert accepted / verify.value(metrics.VERIFIES) > 0.3
+
+        def of_histogram(series: metrics.Series, part: str, **labels: str) -> float:
+            return verify.registry.get_sample_value(f"{series.name}_{part}", labels) or 0.0
+
+        class_ = request_of().slo.name
+        assert of_histogram(metrics.DRAFT_LENGTH, "sum", slo_class=class_) == from_workers
+        assert of_histogram(metrics.SELECTION_TIME, "count") > 0
+        assert of_histogram(metrics.SELECTION_TIME, "sum") > 0
 
     def test_late(self, trio: Trio) -> None:
         def between(index: int) -> None:
@@ -184,11 +215,29 @@ class TestTogether:
         assert self.result(trio, "answered") > used
         assert trio.verify.tokens("next") == plain(request_of("next"))
 
-    @pytest.mark.parametrize("sources", [("draft",), ("draft", "lookup", "recycling", "trigram", "early_layers")])
+    @pytest.mark.parametrize("sources", [("draft",), EVERY_SOURCE])
     def test_whatever_is_chosen(self, sources: tuple[str, ...]) -> None:
         """Shapes, sources and nodes that follow from measurements, which differ from run to run."""
         trio = Trio(settings_of(SMALL, fixed_drafts(adaptive=True, wait_s=1.0, sources=sources)), half_right)
         self.run(trio, lambda _: trio.drafted(), requests=6)
+        trio.assert_empty()
+
+    @pytest.mark.parametrize("strategy", ["chain", "beam", "heap", "static"])
+    def test_the_largest_trees_in_the_smallest_pool(self, strategy: str) -> None:
+        """All sources at once, requests of several tenants, which take each other's blocks on both workers."""
+        engine = SMALL.model_copy(update={"kv_blocks": 5, "max_batch_tokens": 24})
+        largest = {"max_depth": 16, "width": 16, "max_nodes": 64, "ahead": 4, "early_layers": 99}
+        drafts = fixed_drafts(strategy=strategy, wait_s=1.0, sources=EVERY_SOURCE, **largest)
+        trio = Trio(settings_of(engine, drafts), half_right)
+        wanted = [replace(request_of(f"r{i}", tokens=20 + 5 * i), tenant=f"tenant {i % 2}") for i in range(3)]
+        for request in wanted:
+            trio.verify.send(Submit(request, trio.draft.me))
+        while not all(trio.verify.over(request.id) for request in wanted):
+            trio.verify.turn()
+            trio.drafted()
+            trio.verify.engine.check()
+            trio.draft.engine.check()
+        assert {each.id: trio.verify.tokens(each.id) for each in wanted} == {each.id: plain(each) for each in wanted}
         trio.assert_empty()
 
     @pytest.mark.parametrize("source", ["lookup", "recycling", "trigram", "early_layers"])
