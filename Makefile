@@ -8,7 +8,7 @@ VLLM := .venv-vllm
 DEPLOY_TOOLS := prometheus chromium chromium-driver fonts-dejavu-core openssh-server openssh-client iproute2 rsync openssl git
 PROTOS := tidemill/proto/inference.proto tidemill/core/control.proto
 
-.PHONY: help env demo test test-vllm test-deploy lint types unit e2e identity switches docs bench protos clean
+.PHONY: help env demo test test-vllm test-deploy lint types unit e2e identity identity-vllm switches docs bench protos clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
@@ -93,6 +93,10 @@ $(VLLM)/.installed: requirements/vllm.txt pyproject.toml
 # make test-vllm: what every engine must keep, on vLLM, and what is vLLM's own; under five minutes.
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest -m vllm tests/contract tests/vllm
+
+# make identity-vllm: the same tokens as one vLLM engine, for all held-out prompts, with and without drafts and caches.
+identity-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest -m vllm tests/vllm/test_cluster.py --all-prompts --timeout 1200
 
 # make protos: the generated code beside the .proto files.
 protos: env

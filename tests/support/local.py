@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from router.server import RouterServer
+from tests.support.vllm_engines import forkserver
 from tidemill import AsyncClient
 from tidemill.core.model import Member, Peer, Role, WorkerId
 from tidemill.core.settings import (
@@ -155,13 +157,51 @@ class ProcessWorker:
         self._process.communicate()
 
 
+class ForkedWorker(ProcessWorker):
+    """Forked from a process that has vLLM imported: it serves in a few seconds."""
+
+    def __init__(self, name: str, role: Role, settings: Settings) -> None:
+        self.name, self.role = name, role
+        self._connection, theirs = forkserver().Pipe()
+        arguments = (name, role, settings, theirs)
+        self._process = forkserver().Process(target=_serve_forked, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        self.peer: Peer | None = None
+
+    def wait(self) -> Member:
+        try:
+            self.peer = self._connection.recv()
+        except EOFError:
+            raise AssertionError(f"{self.name} did not start") from None
+        return Member(self.peer, self.role)
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _serve_forked(name: str, role: Role, settings: Settings, connection: Connection) -> None:
+    """Until the other end of the connection is gone."""
+    worker = Worker(name, role, settings)
+    connection.send(worker.start())
+    with contextlib.suppress(EOFError):
+        connection.recv()
+    worker.stop()
+
+
 @contextlib.asynccontextmanager
 async def process_cluster(
     settings: Settings, roles: Sequence[Role] = ALL_ROLES, reached: Callable[[Member], Awaitable[Member]] | None = None
 ) -> AsyncIterator[tuple[AsyncClient, RouterServer, list[ProcessWorker]]]:
     """Workers in processes of their own; (client, router, workers). `reached` may put another address in a worker's
     place, by which all others know it then."""
-    workers = [ProcessWorker(name, role, settings) for name, role in member_names(roles)]
+    kind = ForkedWorker if settings.engine.kind == "vllm" else ProcessWorker
+    workers = [kind(name, role, settings) for name, role in member_names(roles)]
     router = RouterServer(settings)
     address = await router.start()
     try:

@@ -34,6 +34,8 @@ class ModelSettings(Section):
     """Folder; a relative path counts from the settings file."""
     name: str = ""
     """Name clients ask for; empty: the folder's name."""
+    threads: Count | None = None
+    """OpenMP threads of an engine process that runs it; none: `engine.threads`. A draft model wants one."""
 
     @property
     def served_name(self) -> str:
@@ -385,6 +387,11 @@ class Settings(Section):
     metrics: MetricsSettings = MetricsSettings()
     status_page: StatusPageSettings = StatusPageSettings()
     traces: TracesSettings = TracesSettings()
+
+    def threads_of(self, role: Role) -> int:
+        """OpenMP threads of a worker's engine."""
+        model = self.draft if role is Role.DRAFT else self.target
+        return (model and model.threads) or self.engine.threads
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":
