@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -293,8 +294,15 @@ def demo(
 app.command()(bench)
 
 
+def _end(number: int, _frame: object) -> None:
+    """As after Ctrl-C: what a command started is taken down on the way out."""
+    sys.exit(128 + number)
+
+
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
     app()
 
 

@@ -51,15 +51,23 @@ def start_head(folder: Path, gpus: int = 0) -> tuple[str, int]:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
-        if _answers(port):
+    try:
+        if _wait_until_answers(process, port):
             return address, process.pid
-        time.sleep(0.1)
+    except BaseException:  # interrupted: nobody else knows of it yet
+        stop_head(process.pid)
+        raise
     stop_head(process.pid)
-    raise HeadError(f"Ray did not start; the end of {log_path}:\n{log_path.read_text(errors='replace')[-2000:]}")
+    raise HeadError(f"Ray did not start; the end of its log:\n{log_path.read_text(errors='replace')[-2000:]}")
+
+
+def _wait_until_answers(process: subprocess.Popen[bytes], port: int) -> bool:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while process.poll() is None and time.monotonic() < deadline:
+        if _answers(port):
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def _answers(port: int) -> bool:

@@ -4,7 +4,9 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -84,16 +86,28 @@ def connect(state: ClusterState) -> None:
     if state.ray_token:
         head.use_token(state.ray_token)
     try:
-        ray.init(
-            address=state.ray_address,
-            namespace=state.name,
-            log_to_driver=False,
-            logging_level="ERROR",
-            configure_logging=False,
-            ignore_reinit_error=True,
-        )
+        with _own_sigterm():
+            ray.init(
+                address=state.ray_address,
+                namespace=state.name,
+                log_to_driver=False,
+                logging_level="ERROR",
+                configure_logging=False,
+                ignore_reinit_error=True,
+            )
     except (RayError, ConnectionError, RuntimeError) as error:
         raise LaunchError(f"the Ray cluster at {state.ray_address} cannot be reached: {error}") from error
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Ray takes SIGTERM for itself, in C++ too, and then ends without taking anything down: take it back."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def up(settings: Settings, say: Say) -> ClusterState:
@@ -183,7 +197,11 @@ def _ray(settings: Settings, say: Say) -> ClusterState:
     folder = Path(tempfile.mkdtemp(prefix="tidemill-"))  # short: Ray puts sockets there, whose paths are limited
     token = head.new_token()
     head.use_token(token)
-    address, pid = head.start_head(folder)
+    try:
+        address, pid = head.start_head(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return ClusterState(settings.name, address, token, pid, str(folder))
 
 
