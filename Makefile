@@ -8,7 +8,7 @@ VLLM := .venv-vllm
 DEPLOY_TOOLS := prometheus chromium chromium-driver fonts-dejavu-core openssh-server openssh-client iproute2 rsync openssl git
 PROTOS := tidemill/proto/inference.proto tidemill/core/control.proto
 
-.PHONY: help env demo test test-vllm test-deploy lint types unit e2e identity switches docs bench protos clean
+.PHONY: help env demo test test-vllm test-deploy lint types unit e2e identity identity-vllm switches docs bench protos clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
@@ -57,9 +57,9 @@ test-deploy: env
 	  test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing; }
 	$(BIN)/python -m pytest tests/deploy
 
-# make identity: the same tokens through every way, for all held-out prompts.
+# make identity: the same tokens through every way, with every source and builder of drafts, for all held-out prompts.
 identity: env
-	$(BIN)/python -m pytest tests/e2e/test_identity.py tests/e2e/test_drafts.py --all-prompts --timeout 1200
+	$(BIN)/python -m pytest tests/e2e/test_identity.py tests/e2e/test_drafts.py --all-prompts --timeout 1200 -vv
 
 # make switches: 60 changes of role in a row under streaming load.
 switches: env
@@ -78,7 +78,7 @@ bench: env $(VLLM)/.installed
 	$(BIN)/python -m benchmarks.kv_link
 	$(BIN)/python -m benchmarks.migration
 	$(BIN)/python -m benchmarks.scraping
-	$(BIN)/python -m benchmarks.rebalance
+	$(BIN)/python -m benchmarks.roles
 	$(BIN)/python -m benchmarks.speculation
 	$(BIN)/python -m benchmarks.slo
 	$(BIN)/python -m benchmarks.router_throughput --ray-serve
@@ -93,6 +93,10 @@ $(VLLM)/.installed: requirements/vllm.txt pyproject.toml
 # make test-vllm: what every engine must keep, on vLLM, and what is vLLM's own; under five minutes.
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest -m vllm tests/contract tests/vllm
+
+# make identity-vllm: the same tokens as one vLLM engine, for all held-out prompts, with and without drafts and caches.
+identity-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest -m vllm tests/vllm/test_cluster.py --all-prompts --timeout 1200
 
 # make protos: the generated code beside the .proto files.
 protos: env

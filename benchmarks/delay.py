@@ -31,6 +31,12 @@ class DelayedLink:
         for writer in self._writers:
             writer.transport.abort()
 
+    def cut(self) -> None:
+        """Cut the connections there are, both ends of each; new ones may be made."""
+        for writer in self._writers:
+            writer.transport.abort()
+        self._writers.clear()
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection(self._host, self._port)
         self._writers += [writer, back]

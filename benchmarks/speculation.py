@@ -8,42 +8,41 @@ batch1   one request at a time, greedy and at temperature 1: none, a fixed chain
 delay    the same, greedy, with 0, 1, 5 and 20 ms more each way between the workers: out of the box, and synchronous
 batch8   eight at a time: none, the fixed chain, out of the box
 lost     two at a time with a draft worker that was killed, stopped or is half a second away: none, out of the box
-vllm     vLLM with its own `draft_model` speculation on the same pair and cores (needs .venv-vllm, see `make bench`)
+vllm     ours again, and vLLM without and with its own `draft_model` speculation, greedy, with drafts of 2, 3, 4 and 5;
+         the same pair, prompts and two cores in all (needs .venv-vllm, see `make bench`)
 
 The target is *padded*: the bundled one with feed-forward channels that are computed and add zeros, so that it says what
 the bundled one says and costs what a model of 174M parameters costs. Target and draft have a core each, and the router
 and the client share the draft's. Within a round every way serves the same prompts, one after the other; figures are
-medians over the rounds. Every way's tokens are compared with those without drafts.
+medians over the rounds. Every way's tokens are compared with those without drafts. At the end it says of each thing
+that was measured whether drafts are worth as much as they are to be.
 """
 
 import argparse
 import asyncio
-import csv
 import json
 import os
 import signal
-import statistics
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.padded import make_padded
-from benchmarks.speculation_cluster import MODELS, Measured, Work, measure
+from benchmarks.speculation_cluster import DRAFT_CORE, MODELS, VERIFY_CORE, Measured, Work, measure
+from benchmarks.speculation_report import CHAIN, NONE, OURS, SYNCHRONOUS, VLLM_OURS, VLLM_THEIRS, report
 from tidemill.core.settings import SpeculationSettings
 
 ROOT = Path(__file__).parents[1]
 CHANNELS = 24576
-NONE, CHAIN, OURS, SYNCHRONOUS = "none", "fixed chain of 4", "out of the box", "synchronous"
 WAYS = {
     NONE: SpeculationSettings(enabled=False),
     CHAIN: SpeculationSettings(adaptive=False, strategy="chain", max_depth=4, width=1, max_nodes=4, ahead=0),
     OURS: SpeculationSettings(),
     SYNCHRONOUS: SpeculationSettings(ahead=0, adaptive=False, max_depth=8, max_nodes=8, wait_s=0.1),
 }
-VLLM_NONE, VLLM_DRAFTS = "vLLM, none", "vLLM, draft_model"
+VLLM_DRAFTS = {NONE: 0} | {f"draft_model, k = {count}": count for count in (2, 3, 4, 5)}
 
 
 @dataclass(frozen=True)
@@ -69,28 +68,24 @@ def parts_of(target: Path, requests: int) -> list[Part]:
         Part("lost: killed", (NONE, OURS), replace(lost, strike=signal.SIGKILL)),
         Part("lost: stopped", (NONE, OURS), replace(lost, strike=signal.SIGSTOP)),
         Part("lost: 500 ms away", (NONE, OURS), replace(lost, delay_s=0.5)),
+        Part(VLLM_OURS, (NONE, OURS), work),
     ]
 
 
-def measure_vllm(target: Path, requests: int, venv: Path) -> dict[str, float]:
-    """TPOT in seconds without and with drafts, both on the cores that ours has in all."""
-    command = [str(venv / "bin" / "python"), "-m", "benchmarks.speculation_vllm", str(target), str(MODELS / "draft")]
-    environment = os.environ | {"OMP_NUM_THREADS": "2", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
-    found = {}
-    for name, drafts in ((VLLM_NONE, 0), (VLLM_DRAFTS, 4)):
-        done = subprocess.run(
-            [*command, str(requests), str(drafts)],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
-        if line is None:
-            raise SystemExit(f"vLLM failed:\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}")
-        found[name] = json.loads(line.removeprefix("RESULT "))["tpot_s"]
-    return found
+def measure_vllm(target: Path, requests: int, venv: Path, drafts: int) -> Measured:
+    """With so many draft tokens, on the cores that ours has in all."""
+    # A process that measured a cluster has given itself one core, which those it starts would share.
+    command = ["taskset", "--cpu-list", f"{DRAFT_CORE},{VERIFY_CORE}", str(venv / "bin" / "python"), "-m"]
+    command += ["benchmarks.speculation_vllm", str(target), str(MODELS / "draft"), str(requests), str(drafts)]
+    one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "2"}
+    environment = os.environ | one_process | {"VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    line = next((line for line in done.stdout.splitlines() if line.startswith("RESULT ")), None)
+    if line is None:
+        raise SystemExit(f"vLLM failed:\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}")
+    document = json.loads(line.removeprefix("RESULT "))
+    tokens = tuple(tuple(each) for each in document["tokens"])
+    return Measured(document["tpot_s"], document["tokens_per_s"], 0.0, 0.0, tokens)
 
 
 def main() -> None:
@@ -112,60 +107,17 @@ def main() -> None:
 
     parts = [part for part in parts_of(target, args.requests) if wanted(part.name)]
     found: dict[tuple[str, str], list[Measured]] = {}
-    vllm: dict[str, list[float]] = {}
     console = Console()
     for number in range(args.rounds):
         for part in parts:
             for way in part.ways:
                 console.print(f"round {number + 1} of {args.rounds}: {part.name}, {way}", style="dim")
                 found.setdefault((part.name, way), []).append(asyncio.run(measure(part.work, WAYS[way])))
-        if wanted("vllm"):
-            console.print(f"round {number + 1} of {args.rounds}: vLLM", style="dim")
-            for name, tpot_s in measure_vllm(target, args.requests, args.venv).items():
-                vllm.setdefault(name, []).append(tpot_s)
-    report(console, found, vllm, args.out / "speculation.csv")
-
-
-def report(
-    console: Console, found: dict[tuple[str, str], list[Measured]], vllm: dict[str, list[float]], file: Path
-) -> None:
-    """A table, and the same as CSV."""
-    rows = []
-    for (part, way), runs in found.items():
-        plain = found[part, NONE]
-        tpot_s, throughput = (statistics.median(values) for values in zip(*_figures(runs), strict=True))
-        base_s, base = (statistics.median(values) for values in zip(*_figures(plain), strict=True))
-        same = all(run.tokens == plain[0].tokens for run in runs)
-        rows.append(
-            (
-                *(part, way, tpot_s * 1e3, base_s / tpot_s, throughput, throughput / base),
-                *(statistics.median(run.accepted for run in runs), statistics.median(run.drafted for run in runs)),
-                same,
-            )
-        )
-    for way, values in vllm.items():
-        tpot_s, base_s = statistics.median(values), statistics.median(vllm[VLLM_NONE])
-        rows.append(("vllm, greedy", way, tpot_s * 1e3, base_s / tpot_s, 0.0, 0.0, 0.0, 0.0, True))
-    console.width = max(console.width, 110)
-    table = Table("part", "drafts", title="padded target: 174M parameters that say what 11M say")
-    for heading in ("TPOT ms", "speed-up", "tokens/s", "ratio", "accepted", "drafted", "same tokens"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for part, way, *figures, same in rows:
-        formats = ("{:.2f}", "{:.2f}x", "{:.0f}", "{:.2f}", "{:.2f}", "{:.2f}")
-        cells = [text.format(value) if value else "" for text, value in zip(formats, figures, strict=True)]
-        table.add_row(part, way, *cells, "yes" if same else "NO")
-    console.print(table)
-    with file.open("w", newline="") as out:
-        writer = csv.writer(out)
-        writer.writerow(
-            ["part", "drafts", "tpot_ms", "speed_up", "tokens_per_s", "ratio", "accepted", "drafted", "same"]
-        )
-        writer.writerows(rows)
-    console.print(f"written to {file}")
-
-
-def _figures(runs: list[Measured]) -> list[tuple[float, float]]:
-    return [(run.tpot_s, run.tokens_per_s) for run in runs]
+        for way, drafts in VLLM_DRAFTS.items() if wanted(VLLM_THEIRS) else ():
+            console.print(f"round {number + 1} of {args.rounds}: {VLLM_THEIRS}, {way}", style="dim")
+            measured = measure_vllm(target, args.requests, args.venv, drafts)
+            found.setdefault((VLLM_THEIRS, way), []).append(measured)
+    report(console, found, args.out / "speculation.csv")
 
 
 if __name__ == "__main__":

@@ -30,15 +30,24 @@ def main() -> None:
     tokenizer = llm.get_tokenizer()
     prompts = [tokenizer.encode(json.loads(line)["prompt"]) for line in lines]
 
-    def seconds(prompt: list[int], tokens: int) -> float:
+    def generate(prompt: list[int], tokens: int) -> tuple[float, list[int]]:
+        """Seconds it took, and the tokens."""
         params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
         started = time.perf_counter()
-        llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
-        return time.perf_counter() - started
+        answer = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0]
+        return time.perf_counter() - started, list(answer.outputs[0].token_ids)
 
-    seconds(prompts[0], TOKENS)  # warm-up
-    found = [(seconds(prompt, TOKENS) - seconds(prompt, 1)) / (TOKENS - 1) for prompt in prompts]
-    print("RESULT", json.dumps({"tpot_s": statistics.mean(found)}), flush=True)
+    generate(prompts[0], TOKENS)  # warm-up
+    first_s = [generate(prompt, 1)[0] for prompt in prompts]
+    served = [generate(prompt, TOKENS) for prompt in prompts]
+    found = {
+        "tpot_s": statistics.mean(
+            (all_s - one_s) / (TOKENS - 1) for (all_s, _), one_s in zip(served, first_s, strict=True)
+        ),
+        "tokens_per_s": TOKENS * len(prompts) / sum(seconds for seconds, _ in served),
+        "tokens": [tokens for _, tokens in served],
+    }
+    print("RESULT", json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

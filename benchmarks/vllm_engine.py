@@ -4,7 +4,7 @@
     .venv-vllm/bin/python -m benchmarks.vllm_engine drafts      # tokens a second at batch 1 and 8, padded target
 
 Both sides serve in turn, a round each, and every figure is a median. vLLM alone has its default settings but for the
-type, KV blocks and chunk, and `--threads` of its own: a cluster's two workers use two cores.
+type, KV blocks and chunk, and both cores (`--threads`), as the cluster's two workers together have.
 """
 
 import argparse
@@ -21,8 +21,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from benchmarks.padded import make_padded
+from benchmarks.speculation import CHANNELS
 from cluster import launch
-from tidemill import Client
+from tidemill import Client, Summary
 from tidemill.core.settings import (
     EngineSettings,
     ModelSettings,
@@ -32,9 +33,10 @@ from tidemill.core.settings import (
     SpeculationSettings,
 )
 from tidemill.core.text import load_tokenizer
+from workers.openmp import INTEL
 
 MODELS = Path(__file__).parents[1] / "models"
-ENGINE = EngineSettings(kind="vllm", block_size=32, kv_blocks=512, prefix_cache=False)
+ENGINE = EngineSettings(kind="vllm", dtype="float32", block_size=32, kv_blocks=512, prefix_cache=False)
 Stamps = list[tuple[float, int]]  # when tokens came, and how many
 
 
@@ -87,7 +89,9 @@ class Alone:
         self._connection, theirs = multiprocessing.Pipe()
         arguments = (theirs, str(folder), threads)
         self._process = multiprocessing.get_context("spawn").Process(target=alone, args=arguments, daemon=True)
+        os.environ |= {"LD_PRELOAD": str(INTEL), "KMP_BLOCKTIME": "1"}  # as vLLM's manual says
         self._process.start()
+        del os.environ["LD_PRELOAD"], os.environ["KMP_BLOCKTIME"]
         self._connection.recv()
 
     def serve(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Stamps]:
@@ -105,7 +109,7 @@ class Ours:
 
     def __init__(self, address: str) -> None:
         self._client = Client(address)
-        self.accepted = 0.0
+        self.summary: Summary | None = None  # of the last request that ended
 
     def serve(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Stamps]:
         started = time.perf_counter()
@@ -114,8 +118,7 @@ class Ours:
             stamps: Stamps = []
             for chunk in self._client.stream(prompt, max_tokens=tokens, ignore_eos=True):
                 stamps += [(time.perf_counter() - started, len(chunk.tokens))] * bool(chunk.tokens)
-                if chunk.summary is not None:
-                    self.accepted = chunk.summary.speculation.accepted_per_verify
+                self.summary = chunk.summary or self.summary
             return stamps
 
         with ThreadPoolExecutor(len(prompts)) as threads:
@@ -135,7 +138,7 @@ def settings_of(target: Path, pools: PoolSettings, speculation: SpeculationSetti
     return Settings(
         name="bench-vllm",
         target=ModelSettings(path=target),
-        draft=ModelSettings(path=MODELS / "draft"),
+        draft=ModelSettings(path=MODELS / "draft", threads=1),
         engine=ENGINE.model_copy(update={"threads": threads}),
         pools=pools,
         router=RouterSettings(port=0),
@@ -148,6 +151,7 @@ def hand_over(args: argparse.Namespace) -> None:
         MODELS / "target", PoolSettings(prefill=1, draft=0, verify=1), SpeculationSettings(enabled=False)
     )
     peer = Alone(MODELS / "target", 1)
+    parts: dict[str, list[float]] = {"queue": [], "prefill": [], "transfer": [], "first decode": []}
     first: dict[str, list[float]] = {"alone": [], "handed over": []}
     second: dict[str, list[float]] = {"alone": [], "handed over": []}
     with cluster(settings) as ours:
@@ -158,11 +162,18 @@ def hand_over(args: argparse.Namespace) -> None:
                 if turn:  # the first warms up
                     first[way].append(stamps[0][0])
                     second[way].append(stamps[1][0] - stamps[0][0])
+            if turn and ours.summary is not None:
+                timing = ours.summary.timing
+                for name, seconds in zip(
+                    parts, (timing.queue_s, timing.prefill_s, timing.transfer_s, timing.first_decode_s), strict=True
+                ):
+                    parts[name].append(seconds)
     peer.end()
     base, more = statistics.median(first["alone"]), statistics.median(first["handed over"])
     print(
         f"TTFT at 1,500 tokens: vLLM alone {base * 1e3:.1f} ms, handed over {more * 1e3:.1f} ms: {more / base - 1:+.1%}"
     )
+    print("of it, ms:", ", ".join(f"{name} {statistics.median(each) * 1e3:.1f}" for name, each in parts.items()))
     gaps = {way: statistics.median(each) * 1e3 for way, each in second.items()}
     print(f"second token after the first: vLLM alone {gaps['alone']:.1f} ms, handed over {gaps['handed over']:.1f} ms")
 
@@ -190,9 +201,11 @@ def drafts(args: argparse.Namespace) -> None:
                         if turn:
                             rates[way].append(decode_rate(stamps))
                 one, other = (statistics.median(rates[way]) for way in ("alone", "ours"))
+                accepted = ours.summary.speculation.accepted_per_verify if ours.summary is not None else 0.0
                 print(
                     f"batch {batch}: vLLM alone {one:.0f} tokens/s, with drafts from the pool {other:.0f} tokens/s: "
-                    f"{other / one:.2f}x, {ours.accepted:.2f} accepted a step"
+                    f"{other / one:.2f}x, {accepted:.2f} accepted a step",
+                    flush=True,
                 )
         peer.end()
 
@@ -207,9 +220,9 @@ def main() -> None:
     parser.add_argument("what", choices=["hand-over", "drafts"])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--channels", type=int, default=16384, help="feed-forward channels of the padded target")
+    parser.add_argument("--channels", type=int, default=CHANNELS, help="feed-forward channels of the padded target")
     parser.add_argument("--depth", type=int, default=4, help="tokens of a draft")
-    parser.add_argument("--threads", type=int, default=1, help="of vLLM alone")
+    parser.add_argument("--threads", type=int, default=2, help="of vLLM alone")
     parser.add_argument("--our-threads", type=int, default=1, help="of each of our engines")
     args = parser.parse_args()
     (hand_over if args.what == "hand-over" else drafts)(args)

@@ -19,7 +19,6 @@ from itertools import chain
 from typing import Any
 
 import ray
-from prometheus_client import start_http_server
 from ray.exceptions import RayError
 
 from cluster.discovery import Targets
@@ -38,6 +37,7 @@ from cluster.routers import Routers
 from cluster.steering import Steering, describe_decisions
 from cluster.telemetry import holders, merge
 from tidemill.core.channels import NodeChannels
+from tidemill.core.exposition import MetricsServer
 from tidemill.core.metrics import CONTROLLER_SERIES, Metrics
 from tidemill.core.model import Decision, Member, Role
 from tidemill.core.settings import Settings
@@ -91,10 +91,9 @@ class ControllerActor:
         self._steering = Steering(settings, self._metrics)
         self._switching: dict[str, Any] = {}  # worker -> its answer, to come
         where = settings.metrics
-        server, _ = start_http_server(
-            where.controller_port, where.host, self._metrics.registry, **NodeChannels(settings.network.tls).metrics_tls
-        )
-        self._metrics_address = f"{settings.metrics.host}:{server.server_port}"
+        context = NodeChannels(settings.network.tls).metrics_context
+        server = MetricsServer(self._metrics.text, where.host, where.controller_port, context)
+        self._metrics_address = f"{where.host}:{server.port}"
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self._thread.start()

@@ -18,6 +18,7 @@ from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from cluster import preimported
 from cluster.head import free_port
 from tidemill.core.model import Member, Peer, Role, WorkerId
 from tidemill.core.picture import Picture
@@ -175,9 +176,16 @@ class Pools:
             scheduling_strategy="SPREAD",  # the loss of a node costs a part of each pool
             max_restarts=options.max_restarts,
             max_concurrency=4,
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": str(self._settings.engine.threads)}},
+            runtime_env=self._runtime_env(role),
         )
         return actor.remote(name, str(role), self._settings)
+
+    def _runtime_env(self, role: Role) -> dict[str, Any]:
+        """vLLM takes long to import, so its workers' processes are forked from one that has done so."""
+        found: dict[str, Any] = {"env_vars": {"OMP_NUM_THREADS": str(self._settings.threads_of(role))}}
+        if self._settings.engine.kind == "vllm" and role is not Role.DRAFT:
+            found["py_executable"] = preimported.executable()
+        return found
 
     def request_room(self, workers: int) -> None:
         """Have Ray's autoscaler keep nodes for so many workers; without reservations there is nothing to ask for."""

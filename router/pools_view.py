@@ -21,11 +21,13 @@ from tidemill.core.clock import Clock
 from tidemill.core.control_pb2_grpc import WorkerStub
 from tidemill.core.messages import Cancel, Command, Event, Failed, Failure, Prefill, Prefilled, Released, StepReport
 from tidemill.core.model import Member, Peer, PoolSnapshot, Role, WorkerLoad, WorkerSnapshot
+from tidemill.core.settings import DeadlineSettings
 from tidemill.core.telemetry import STALE_AFTER_S
 
 log = logging.getLogger(__name__)
 
 RETRY_S, MAX_RETRY_S = 0.1, 2.0
+STALL_TICKS = 20  # in the stall limit
 
 
 class WorkerLost(Exception):
@@ -82,9 +84,11 @@ class WorkerConnection:
         on_cancelled: Callable[[float], None],
         on_draining: "Callable[[WorkerConnection], None]",
         attach: Attach,
+        stall_s: float,
     ) -> None:
-        """`on_cancelled` hears how many seconds it took from a cancellation to the worker's `Released`; `on_draining`
-        that the worker takes no more, while it still has requests.
+        """A worker that says nothing for `stall_s` is lost. `on_cancelled` hears how many seconds it took from a
+        cancellation to the worker's `Released`; `on_draining` that the worker takes no more, while it still has
+        requests.
         """
         self.peer = member.peer
         self.role = member.role
@@ -96,6 +100,9 @@ class WorkerConnection:
         self._on_cancelled = on_cancelled
         self._on_draining = on_draining
         self._attach = attach
+        self._stall_s = stall_s
+        self._silent_ticks = 0
+        self._sequence: int | None = None  # of the last report of this stream
         self._conversations: dict[str, Conversation] = {}
         # None while there is no stream. Holds a few commands for each active request, whose number is bounded.
         self._commands: asyncio.Queue[Command] | None = None
@@ -148,11 +155,17 @@ class WorkerConnection:
         while True:
             why = "its stream ended"
             try:
-                self._commands = asyncio.Queue()
-                async with aclosing(self._attach(self.peer.address, self._outgoing(self._commands))) as reports:
+                self._commands, self._sequence = asyncio.Queue(), None
+                async with (
+                    self._unless_it_stalls(),
+                    aclosing(self._attach(self.peer.address, self._outgoing(self._commands))) as reports,
+                ):
                     async for message in reports:
+                        self._silent_ticks = 0
                         self._take(wire.report_from_pb(message))
                         pause_s = RETRY_S
+            except TimeoutError:
+                why = f"it has said nothing for {self._stall_s:.1f} s"
             except grpc.aio.AioRpcError as error:
                 why = f"{error.code().name}: {error.details()}"
             except ValueError as error:
@@ -162,11 +175,32 @@ class WorkerConnection:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, MAX_RETRY_S)
 
+    @contextlib.asynccontextmanager
+    async def _unless_it_stalls(self) -> AsyncIterator[None]:
+        """Raises TimeoutError. Silence is counted in ticks of this loop: a router that stood still blames nobody."""
+
+        async def watch(patience: asyncio.Timeout) -> None:
+            self._silent_ticks = 0
+            while self._silent_ticks < STALL_TICKS:
+                await asyncio.sleep(self._stall_s / STALL_TICKS)
+                self._silent_ticks += 1
+            patience.reschedule(asyncio.get_running_loop().time())
+
+        async with asyncio.timeout(None) as patience:
+            watching = asyncio.create_task(watch(patience))
+            try:
+                yield
+            finally:
+                watching.cancel()
+
     async def _outgoing(self, commands: "asyncio.Queue[Command]") -> AsyncIterator[pb.Command]:
         while True:
             yield wire.command_to_pb(await commands.get())
 
     def _take(self, report: StepReport) -> None:
+        if report.sequence == self._sequence:
+            return  # it lives; only an engine that turns is heard of
+        self._sequence = report.sequence
         self.heard_at = self._clock.monotonic()
         self.load, self.accepting = report.load, report.accepting
         if report.worker != self.peer.id or report.role is not self.role:
@@ -218,12 +252,15 @@ class PoolsView:
         attach: Attach,
         telemetry: Telemetry,
         on_cancelled: Callable[[float], None] = lambda _: None,
+        *,
+        stall_s: float = DeadlineSettings().stall_s,
     ) -> None:
         """See WorkerConnection, of `on_draining` too."""
         self._clock = clock
         self._telemetry = telemetry
         self._on_cancelled = on_cancelled
         self._attach = attach
+        self._stall_s = stall_s
         self._workers: dict[str, WorkerConnection] = {}
         self.on_draining: Callable[[WorkerConnection], None] = lambda _: None
 
@@ -235,7 +272,7 @@ class PoolsView:
         for address, member in wanted.items():
             if address not in self._workers:
                 self._workers[address] = WorkerConnection(
-                    member, self._clock, self._telemetry, self._on_cancelled, self._drains, self._attach
+                    member, self._clock, self._telemetry, self._on_cancelled, self._drains, self._attach, self._stall_s
                 )
 
     def _drains(self, worker: WorkerConnection) -> None:

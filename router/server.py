@@ -10,7 +10,6 @@ from enum import StrEnum
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
 
 from router.auth import BearerToken, read_secret, server_credentials
 from router.gate import Gate
@@ -29,6 +28,7 @@ from router.wellformed import WellFormed
 from tidemill.core import metrics
 from tidemill.core.channels import NodeChannels
 from tidemill.core.clock import Clock, SystemClock
+from tidemill.core.exposition import MetricsServer
 from tidemill.core.metrics import ROUTER_SERIES, Metrics
 from tidemill.core.model import Member, Role, WorkerId
 from tidemill.core.picture import FrontDoor, Picture, picture
@@ -63,6 +63,7 @@ class RouterServer:
             attach_over(self._channels),
             self._telemetry,
             lambda seconds: self.metrics.observe(metrics.CANCEL_TO_RELEASE, seconds),
+            stall_s=settings.deadlines.stall_s,
         )
         limits = AdmissionLimits(settings.router.max_active, settings.router.max_queued)
         self._gate = Gate(limits, self.metrics)
@@ -130,15 +131,15 @@ class RouterServer:
     def _serve_metrics(self) -> str:
         settings = self._settings.metrics
         try:
-            self._metrics_server, _ = start_http_server(
-                settings.router_port, settings.host, self.metrics.registry, **self._channels.metrics_tls
+            self._metrics_server = MetricsServer(
+                self.metrics.text, settings.host, settings.router_port, self._channels.metrics_context
             )
         except OSError as error:
             where = _authority(settings.host, settings.router_port)
             raise OSError(
                 f"cannot serve metrics on {where}: {error.strerror}; set metrics.router_port to another, or 0"
             ) from error
-        return _authority(settings.host, self._metrics_server.server_port)
+        return _authority(settings.host, self._metrics_server.port)
 
     async def _serve_page(self, token: str | None) -> None:
         settings = self._settings.status_page
@@ -165,8 +166,7 @@ class RouterServer:
             await self._export.stop()
         if self._page is not None:
             await self._page.stop()
-        await asyncio.to_thread(self._metrics_server.shutdown)  # waits for the serving thread to notice
-        self._metrics_server.server_close()
+        await asyncio.to_thread(self._metrics_server.stop)
 
     async def stop(self, grace_s: float = 1.0) -> None:
         """Refuse new requests, give running ones `grace_s`, close every stream. Does nothing if it never started."""

@@ -26,7 +26,7 @@ def make_engine(settings: Settings, role: Role) -> Engine:
     model = settings.draft if role is Role.DRAFT else settings.target
     if model is None:
         raise ValueError("a draft worker needs the setting draft.path")
-    torch.set_num_threads(settings.engine.threads)
+    torch.set_num_threads(settings.threads_of(role))
     if settings.engine.kind == "vllm" and role is not Role.DRAFT:
         from workers.engine.vllm.engine import VllmEngine  # noqa: PLC0415 - seconds, and not in every environment
 

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 MAX_UNREAD_EVENTS = 100_000  # of one router; seconds of steps with many requests
 MAX_PENDING_REPLIES = 16  # a verify worker has fewer calls under way
 ANSWER_S = 30.0
+ALIVE_S = 1.0  # longest silence towards a router, whatever the engine's thread is at
 GRACE_S = 0.2
 
 
@@ -143,12 +144,19 @@ class _RouterStream:
             await self._context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "the reports were not read")
 
     async def reports(self) -> AsyncIterator[StepReport]:
+        """While a long step keeps the engine's thread, the last is told again, under its number and without events."""
+        report: StepReport | None = None
         for sequence in itertools.count():
             while self._latest is None:
                 if self._finished:
                     return
                 self._changed.clear()
-                await self._changed.wait()
+                try:
+                    async with asyncio.timeout(ALIVE_S):
+                        await self._changed.wait()
+                except TimeoutError:
+                    if report is not None and self._latest is None:
+                        yield replace(report, events=())
             report = replace(self._latest, sequence=sequence, events=tuple(self._events))
             self._latest, self._events = None, []
             yield report

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from prometheus_client import start_http_server
 
 from tidemill.core.channels import NodeChannels
 from tidemill.core.clock import SystemClock
+from tidemill.core.exposition import MetricsServer
 from tidemill.core.messages import Command, DraftCall, DraftReply
 from tidemill.core.metrics import WORKER_SERIES, Metrics
 from tidemill.core.model import Peer, Role, WorkerId, WorkerLoad
@@ -98,8 +98,8 @@ class Worker:
     def start(self) -> Peer:
         """Listen, serve, and say where. Raises OSError if no port can be had."""
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        self._metrics_server, _ = start_http_server(
-            self._settings.metrics.worker_port, self._host, self.metrics.registry, **self._channels.metrics_tls
+        self._metrics_server = MetricsServer(
+            self.metrics.text, self._host, self._settings.metrics.worker_port, self._channels.metrics_context
         )
         self._address = self._service.start()
         self._loop = EngineLoop(
@@ -128,8 +128,7 @@ class Worker:
             self._links.close()
         for feeder in self._feeders:
             feeder.join(JOIN_S)
-        self._metrics_server.shutdown()
-        self._metrics_server.server_close()
+        self._metrics_server.stop()
 
     @property
     def peer(self) -> Peer:
@@ -141,7 +140,7 @@ class Worker:
 
     @property
     def metrics_address(self) -> str:
-        return f"{self._host}:{self._metrics_server.server_port}"
+        return f"{self._host}:{self._metrics_server.port}"
 
     def describe(self) -> Description:
         """From any thread; as of the end of the last turn."""

@@ -8,6 +8,7 @@ What decides is the code that runs in production; only workers, links and client
 
 import random
 from collections import Counter, deque
+from collections.abc import Mapping
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -24,6 +25,7 @@ from router.route import FIRST_PAUSE_S, MAX_PAUSE_S
 from router.telemetry import NOTHING, Telemetry
 from tidemill.core.messages import FirstToken, Prefilled, Tokens
 from tidemill.core.model import PoolSnapshot, Request, Role, SloClass
+from tidemill.core.settings import ControllerSettings
 from tidemill.types import FinishReason, SamplingParams
 from workers.engine.latency import OPT_13B, LatencyModel
 
@@ -41,7 +43,7 @@ class SimConfig:
     latency: LatencyModel = OPT_13B
     rebalance: RebalanceConfig | None = None  # None: roles stay
     drafts: bool = False  # a draft model is there
-    windows_s: tuple[float, ...] = (1.0, 3.0, 10.0, 30.0, 90.0)
+    windows_s: tuple[float, ...] = ControllerSettings().windows_s
     period_s: float = 0.5
     min_prefill_tokens: int = 32
     transfer_s: float = 0.008  # what is left of the KV's way when the prompt is computed
@@ -63,6 +65,16 @@ class Ended:
     met: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How things stood at a moment."""
+
+    at_s: float
+    roles: Mapping[Role, int]  # workers of each
+    waiting: int  # requests without a token yet
+    decoding: int
+
+
 @dataclass(slots=True)
 class Outcome:
     """What a simulation tells."""
@@ -70,7 +82,7 @@ class Outcome:
     ended: list[Ended] = field(default_factory=list)
     changes: list[tuple[float, tuple[RoleChange, ...], str]] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
-    counts: list[tuple[float, dict[Role, int]]] = field(default_factory=list)
+    looks: list[Look] = field(default_factory=list)
 
     def attainment(self, phase: str | None = None, since_s: float = 0.0) -> float:
         """Share of requests that met both goals, of those that arrived in a phase, and not before `since_s`."""
@@ -238,7 +250,7 @@ class Simulation:
         for worker in self._workers:
             self._report(worker)
         self._share_drafts()
-        self._outcome.counts.append((now, {r: sum(w.role is r for w in self._workers) for r in Role}))
+        self._outcome.looks.append(self._look(now))
         if config.rebalance is not None and now > 0:
             changing = tuple(sorted(self._changing.items()))
             situation = Situation(self._telemetry.snapshot(now), changing, drafts=config.drafts)
@@ -250,6 +262,11 @@ class Simulation:
             for change in decision.choice:
                 self._switch(by_name[change.worker], change.to)
         self._loop.after(config.period_s, self._control)
+
+    def _look(self, now: float) -> Look:
+        roles = {role: sum(worker.role is role for worker in self._workers) for role in Role}
+        decoding = sum(len(worker.decoding) for worker in self._workers)
+        return Look(now, roles, self._telemetry.present(now).waiting.requests, decoding)
 
     def _share_drafts(self) -> None:
         drafters = sum(worker.role is Role.DRAFT and worker.accepting for worker in self._workers)

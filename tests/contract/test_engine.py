@@ -1,7 +1,7 @@
 """What workers/engine/base.py promises, for every engine."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -15,7 +15,6 @@ from tests.support.engines import (
     pool_of,
     random_requests,
     random_tree,
-    vllm_engines,
     with_drafts,
 )
 from tidemill.core.messages import Draft
@@ -25,18 +24,7 @@ from tidemill.types import FinishReason, SamplingParams
 from workers.engine.base import OutOfBlocks, RequestTooLong
 from workers.engine.native.engine import NativeEngine
 
-KINDS = ["emulated", "native-cpu-float32", "native-cpu-bfloat16", "native-torch-float32", "native-torch-bfloat16"]
 TREES = pytest.mark.trees
-
-
-@pytest.fixture(params=[*KINDS, pytest.param("vllm", marks=pytest.mark.vllm)])
-def kind(request: pytest.FixtureRequest) -> Iterator[str]:
-    """vLLM verifies chains and drafts for nobody."""
-    if request.param == "vllm" and request.node.get_closest_marker("trees"):
-        pytest.skip("vLLM knows no token trees")
-    yield str(request.param)
-    if request.param == "vllm":
-        vllm_engines().take_back()
 
 
 def request_of(tokens: int, max_tokens: int = 8, name: str = "r", **sampling: object) -> Request:
@@ -135,6 +123,26 @@ class TestSameTokens:
         assert drain(target) == plain
         assert source.load().kv_blocks_used == 0
         source.check()
+
+    def test_only_what_did_not_come_is_computed(self, kind: str) -> None:
+        """Of a prompt's KV one block came, then the link was lost."""
+        request = greedy(request_of(100))
+        plain = one_by_one(make_engine(kind), [request])
+        source, target = make_engine(kind), make_engine(kind, pool_of(kind, 4096, prefix_cache=False))
+        reservation = target.reserve(request)
+        source.prefill(request)
+        while not any(each.held for each in source.step().progress):
+            pass
+        target.import_kv(request.id, 0, source.export_kv(request.id, 0, 1))
+        assert (reservation.first_block, reservation.end_block) == (0, -(-99 // target.info.kv.block_size))
+        target.activate(request.id, end_block=1)
+        rows, tokens = 0, ()
+        while not tokens:
+            output = target.step()
+            rows += output.batch_tokens
+            tokens = sum((each.tokens for each in output.outputs), ())
+        assert rows == 100 - target.info.kv.block_size
+        assert {request.id: tokens + drain(target)[request.id]} == plain
 
     def test_resumed_elsewhere_after_some_tokens(
         self, kind: str, requests: list[Request], plain: dict[str, tuple[int, ...]]

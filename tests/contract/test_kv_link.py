@@ -16,7 +16,7 @@ from tidemill.core.model import Peer, WorkerId
 from workers.engine.base import KvLayout
 from workers.kv.link import Arrival, KvMessage, LinkError, Opener, Outgoing, SendingEnd
 from workers.kv.memory import MemoryLinks
-from workers.kv.torch_dist import BUFFERS, MAX_LINKS_PER_SENDER, LinkHost, TorchSendingEnd
+from workers.kv.torch_dist import BUFFERS, INLINE_TOKENS, MAX_LINKS_PER_SENDER, LinkHost, TorchSendingEnd
 
 LAYOUT = KvLayout(2, 2, 16, 16, "float32")
 SENDER = Peer(WorkerId("prefill-0", 1), "")
@@ -93,6 +93,15 @@ def test_messages_come_whole_and_in_order(net: Net) -> None:
         assert torch.equal(sent.kv, arrived.kv)
         assert arrived.sender == str(SENDER.id)
         assert arrived.link == heard[0].link
+    end.close()
+
+
+def test_the_tokens_that_end_a_move_come_with_its_last_blocks(net: Net) -> None:
+    outputs = [None, *(tuple(range(count)) for count in (0, 1, INLINE_TOKENS, INLINE_TOKENS + 1, 400))]
+    end = net.opener(RECEIVER)
+    for number, output in enumerate(outputs):
+        end.send(replace(message(number), output=output))
+    assert [each.output for each in net.wait(len(outputs))] == outputs
     end.close()
 
 

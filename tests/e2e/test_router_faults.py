@@ -1,10 +1,12 @@
 """The router against scripted workers that fail, and clients that leave: at every stage of a request's life."""
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable
 
 import pytest
 
+from tests.support.local import local_cluster, settings_for
 from tests.support.scripted_worker import (
     ScriptedWorker,
     expected_tokens,
@@ -19,6 +21,7 @@ from tidemill import AsyncClient, DeadlineExceeded, Unavailable
 from tidemill.core import metrics
 from tidemill.core.messages import Cancel, Command, Event, Failed, Failure, Prefill, Prefilled, Reserve, Submit
 from tidemill.core.model import Request, Role, WorkerLoad
+from tidemill.core.settings import EmulatedSettings, LatencySettings
 from tidemill.types import TokenLogprobs
 
 # --- failures: the request goes on elsewhere --------------------------------------------------------------------
@@ -84,6 +87,17 @@ async def test_a_worker_that_goes_silent_is_left_and_not_chosen() -> None:
         await asyncio.gather(*(it.client.generate(SHORT, max_tokens=2) for _ in range(6)))
         assert quiet.count(Submit) == before
         await quiet.heard(Cancel)  # it hears of it when it wakes
+
+
+async def test_a_worker_that_stands_still_is_left_long_before_a_token_is_overdue() -> None:
+    settings = router_settings(deadlines={"stall_s": 0.5})
+    async with stage(settings, verify("verify-0"), verify("verify-1")) as it:
+        started = time.monotonic()
+        await resumed_on_the_other(it, lambda worker, _: setattr(worker, "silent", True))
+        assert time.monotonic() - started < settings.deadlines.token_s / 10
+        await it.until(lambda: len(it.router._pools.snapshot().workers) == 1)
+        next(worker for worker in it.workers if worker.silent).silent = False
+        await it.until(lambda: len(it.router._pools.snapshot().workers) == 2)
 
 
 async def test_a_role_change_moves_the_request() -> None:
@@ -229,8 +243,7 @@ async def test_whoever_leaves_is_released_everywhere_at_once(state: str, how: st
             await holder
         outcome = "cancelled" if how == "cancelled" else "deadline_exceeded"
         await it.until(lambda: it.count(metrics.REQUESTS, outcome=outcome) == 1)
-        if holding:
-            assert it.count(metrics.CANCEL_TO_RELEASE) >= 1
+        await it.until(lambda: it.count(metrics.CANCEL_TO_RELEASE) == len(holding))
         worker.on, prefill.on = obliging_verify(worker), obliging_prefill(worker)
         assert (await it.client.generate(SHORT, max_tokens=2)).summary.output_tokens == 2  # serves on
 
@@ -270,3 +283,12 @@ async def test_the_default_deadline_holds_in_the_queue_too() -> None:
                 await patient.generate(SHORT, max_tokens=3)
         worker.say(*whole((await worker.heard(Submit)).request))
         assert (await holder).summary.output_tokens == 2, "its own deadline is longer than the default, and holds"
+
+
+async def test_a_worker_in_a_long_step_does_not_stand_still() -> None:
+    """Its engine is not heard of for longer than the stall limit; the worker is."""
+    slow = EmulatedSettings(target=LatencySettings(step_s=3.0))
+    settings = settings_for("emulated", speculation=False, deadlines={"stall_s": 2.0}, emulated=slow)
+    async with local_cluster(settings, (Role.VERIFY, Role.VERIFY)) as cluster, AsyncClient(cluster.address) as client:
+        answer = await client.generate(SHORT, max_tokens=2)
+        assert answer.summary.route.retries == 0

@@ -1,6 +1,6 @@
 """Live roles against static ones on a virtual clock: the policies of production, workers with the times of OPT-13B.
 
-The whole table, with longer phases: python -m benchmarks.rebalance
+The whole table, with longer phases: python -m benchmarks.roles
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from functools import cache
 
 import pytest
 
-from benchmarks.rebalance import GOALS, OUTPUTS, PROMPTS, WORKERS, roles
+from benchmarks.roles import GOALS, OUTPUTS, PROMPTS, WORKERS, roles
 from cluster.bench.arrivals import TraceEntry
 from cluster.policy.rebalance import RebalanceConfig
 from cluster.sim.cluster import Outcome, SimConfig, Simulation

@@ -10,9 +10,11 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from router.server import RouterServer
+from tests.support.vllm_engines import forkserver
 from tidemill import AsyncClient
 from tidemill.core.model import Member, Peer, Role, WorkerId
 from tidemill.core.settings import (
@@ -143,10 +145,53 @@ class ProcessWorker:
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
+    def trouble_links(self, how: str) -> None:
+        """Of the KV that comes to it; see worker_process."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{how}\n".encode())
+        self._process.stdin.flush()
+
     def end(self) -> None:
         """Closing its standard input ends it; a killed or stopped one is reaped all the same."""
         self._process.send_signal(signal.SIGKILL)
         self._process.communicate()
+
+
+class ForkedWorker(ProcessWorker):
+    """Forked from a process that has vLLM imported: it serves in a few seconds."""
+
+    def __init__(self, name: str, role: Role, settings: Settings) -> None:
+        self.name, self.role = name, role
+        self._connection, theirs = forkserver().Pipe()
+        arguments = (name, role, settings, theirs)
+        self._process = forkserver().Process(target=_serve_forked, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        self.peer: Peer | None = None
+
+    def wait(self) -> Member:
+        try:
+            self.peer = self._connection.recv()
+        except EOFError:
+            raise AssertionError(f"{self.name} did not start") from None
+        return Member(self.peer, self.role)
+
+    def signal(self, number: signal.Signals) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def _serve_forked(name: str, role: Role, settings: Settings, connection: Connection) -> None:
+    """Until the other end of the connection is gone."""
+    worker = Worker(name, role, settings)
+    connection.send(worker.start())
+    with contextlib.suppress(EOFError):
+        connection.recv()
+    worker.stop()
 
 
 @contextlib.asynccontextmanager
@@ -155,7 +200,8 @@ async def process_cluster(
 ) -> AsyncIterator[tuple[AsyncClient, RouterServer, list[ProcessWorker]]]:
     """Workers in processes of their own; (client, router, workers). `reached` may put another address in a worker's
     place, by which all others know it then."""
-    workers = [ProcessWorker(name, role, settings) for name, role in member_names(roles)]
+    kind = ForkedWorker if settings.engine.kind == "vllm" else ProcessWorker
+    workers = [kind(name, role, settings) for name, role in member_names(roles)]
     router = RouterServer(settings)
     address = await router.start()
     try:

@@ -5,7 +5,9 @@ Tests read the commands that came (`await worker.heard(Reserve)`) and answer wit
 """
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -112,8 +114,10 @@ class ScriptedWorker(WorkerServicer):
         heart = asyncio.create_task(self._beat())
         try:
             self.say()
-            while (report := await queue.get()) is not None:
-                yield wire.report_to_pb(report)
+            for sequence in itertools.count():
+                if (report := await queue.get()) is None:
+                    break
+                yield wire.report_to_pb(replace(report, sequence=sequence))
         finally:
             reader.cancel()
             heart.cancel()

@@ -16,6 +16,7 @@ from tidemill.core.model import Peer, Request, Role, WorkerId
 from tidemill.core.settings import Settings
 from workers.engine.emulated import EmulatedEngine
 from workers.engine.latency import latency_model
+from workers.kv.link import Feeder, NotSent, Sent
 from workers.loop import STALL_S
 from workers.roles.base import WorkerRole
 from workers.roles.draft import DraftRole
@@ -116,6 +117,10 @@ class _Stream:
         """Nobody waits for it."""
 
 
+def _no_link(peer: Peer, sent: Sent, not_sent: NotSent) -> Feeder:
+    raise AssertionError(f"nothing moves to {peer}: there is one verify worker")
+
+
 class VirtualPair:
     """A verify worker and its draft worker."""
 
@@ -132,7 +137,15 @@ class VirtualPair:
         pool = DrafterPool(settings.speculation.wait_s, lambda _: _Stream(self.verify, self.draft, link_s))
         outbox = _Outbox(self.verify.clock, told)
         self.verify.role = VerifyRole(
-            self.verify.engine, outbox, settings, self.metrics, Peer(WorkerId("verify-0", 1), ""), pool, self.times
+            self.verify.engine,
+            outbox,
+            settings,
+            self.metrics,
+            Peer(WorkerId("verify-0", 1), ""),
+            pool,
+            self.times,
+            _no_link,
+            lambda call: self.verify.post(self.verify.clock.now, lambda _: call()),
         )
         self.draft.role = DraftRole(self.draft.engine, _Outbox(self.draft.clock, told), settings)
 

@@ -8,14 +8,23 @@ import atexit
 import multiprocessing
 import pickle
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from tidemill.core.settings import EngineSettings
 
-MOST = 3  # engines that wait for their next test
+MOST = 6  # engines that wait for their next test
 LONGEST_DRAFT = 8
+
+
+@cache
+def forkserver() -> Any:
+    """Processes that have vLLM, and a worker's other modules, imported when they begin."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["workers.engine.vllm.engine", "workers.worker"])
+    return context
 
 
 def _serve(connection: Connection, folder: str, settings: EngineSettings, longest_draft: int) -> None:
@@ -77,8 +86,6 @@ class VllmEngines:
     """Makes engines and takes them back."""
 
     def __init__(self) -> None:
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(["workers.engine.vllm.engine"])
         self._idle: list[tuple[object, RemoteEngine]] = []
         self._used: list[tuple[object, RemoteEngine]] = []
         atexit.register(self.end)
@@ -87,9 +94,9 @@ class VllmEngines:
         key = (folder, settings.model_dump_json(), longest_draft)
         found = next((entry for entry in self._idle if entry[0] == key), None)
         if found is None:
-            ours, theirs = self._context.Pipe()
+            ours, theirs = forkserver().Pipe()
             arguments = (theirs, str(folder), settings, longest_draft)
-            process = self._context.Process(target=_serve, args=arguments, daemon=True)
+            process = forkserver().Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             found = (key, RemoteEngine(process, ours))

@@ -4,9 +4,11 @@ Engines are without a model, so everything that happens between the parts is rea
 """
 
 import asyncio
+import itertools
 import random
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
 from router.gate import Gate
 from router.journey import Journey
@@ -48,8 +50,10 @@ class WiredWorker(Bench):
         self.loop.attach(number)
         reader = asyncio.create_task(self._read(number, commands))
         try:
-            while (report := await queue.get()) is not None:
-                yield wire.report_to_pb(report)
+            for sequence in itertools.count():
+                if (report := await queue.get()) is None:
+                    break
+                yield wire.report_to_pb(replace(report, sequence=sequence))
         finally:
             reader.cancel()
             del self._routers[number]

@@ -25,6 +25,7 @@ from tidemill.types import FinishReason, SamplingParams, TokenLogprobs
 TABLES = [
     (lifecycle.RequestState, lifecycle.REQUEST_MOVES),
     (lifecycle.LeaseState, lifecycle.LEASE_MOVES),
+    (lifecycle.MoveState, lifecycle.MOVE_MOVES),
     (lifecycle.WorkerState, lifecycle.WORKER_MOVES),
 ]
 
@@ -301,8 +302,8 @@ def test_series_of_a_library_pass_through_by_name() -> None:
     try:
         ours.set(3)
         other.set(4)
-        assert metrics.registry.get_sample_value("vllm:depth") == 3
-        assert metrics.registry.get_sample_value("foreign_depth") is None
+        assert "\nvllm:depth 3.0\n" in metrics.text()
+        assert "foreign_depth" not in metrics.text()
     finally:
         REGISTRY.unregister(ours)
         REGISTRY.unregister(other)

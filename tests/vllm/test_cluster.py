@@ -7,10 +7,12 @@ import contextlib
 import signal
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pytest
 
+from router.move import MoveOutcome
 from router.server import RouterServer
 from tests.support.engines import one_by_one, prompt_of, vllm_engines
 from tests.support.local import ProcessWorker, process_cluster, settings_for
@@ -34,7 +36,7 @@ def settings_of(*, drafts: bool, prefix_cache: bool) -> Settings:
         block_size=32,
         max_batch_tokens=MAX_BATCH_TOKENS,
         prefix_cache=prefix_cache,
-        deadlines={"prefill_s": 15.0, "transfer_s": 15.0, "token_s": 15.0, "link_s": 5.0},
+        deadlines={"prefill_s": 8.0, "transfer_s": 15.0, "token_s": 15.0, "link_s": 5.0},
     )
 
 
@@ -90,10 +92,13 @@ async def nothing_left(router: RouterServer) -> AsyncIterator[None]:
     await settled(lambda: blocks(router, "used") == blocks(router, "leased") == 0)
 
 
-async def test_handed_over_without_drafts_and_caches(work: Work) -> None:
-    roles = (Role.PREFILL, Role.VERIFY)
-    async with process_cluster(settings_of(drafts=False, prefix_cache=False), roles) as (client, router, _):
-        async with nothing_left(router):
+async def test_handed_over(work: Work, request: pytest.FixtureRequest) -> None:
+    """Without drafts and caches; of all prompts with one, the other and both as well."""
+    everything = request.config.getoption("--all-prompts")
+    for drafts, prefix_cache in product((False, True), repeat=2) if everything else [(False, False)]:
+        roles = (Role.PREFILL, Role.VERIFY, *([Role.DRAFT] if drafts else []))
+        settings = settings_of(drafts=drafts, prefix_cache=prefix_cache)
+        async with process_cluster(settings, roles) as (client, router, _), nothing_left(router):
             answers = await send(client, work)
             compare(answers, work)
             handed_over = [each for each in answers if each.summary.route.prefill_worker]
@@ -113,6 +118,23 @@ async def with_drafts(cluster: Cluster, work: Work) -> None:
         answers = await send(cluster.client, work)
         compare(answers, work)
         assert sum(each.summary.speculation.accepted_tokens for each in answers) > 0
+
+
+async def moved_while_they_decode(cluster: Cluster, work: Work) -> None:
+    """From one verify worker to the other and back, as long as there is something to move."""
+    verify = [each.peer.id for each in cluster.by_name.values() if each.role is Role.VERIFY and each.peer is not None]
+    outcomes: list[MoveOutcome] = []
+    async with nothing_left(cluster.router):
+        sending = asyncio.create_task(send(cluster.client, work))
+        while not sending.done():
+            for request_id, at in cluster.router.decoding().items():
+                to = next(each for each in verify if each != at)
+                outcomes.append(await cluster.router.move(request_id, to))
+            await asyncio.sleep(0.01)
+        answers = await sending
+    compare(answers, work)
+    assert set(outcomes) <= {MoveOutcome.MOVED, MoveOutcome.OVER}, outcomes
+    assert MoveOutcome.MOVED in outcomes
 
 
 async def cancelled_while_kv_comes(cluster: Cluster, work: Work) -> None:
@@ -135,9 +157,12 @@ async def prefill_lost(cluster: Cluster, work: Work, number: signal.Signals) -> 
         answer = await task
         assert answer.summary.route.prefill_worker.startswith("prefill-0")
         assert answer.summary.route.retries == 0, "it went on where its lease was"
+        if number == signal.SIGSTOP:
+            cluster.by_name["prefill-0"].signal(signal.SIGCONT)
         again = await cluster.client.generate(fresh, work.params)
         assert again.tokens == answer.tokens
-        assert not again.summary.route.prefill_worker
+    if number == signal.SIGSTOP:
+        await settled(lambda: blocks(cluster.router, "total", "prefill") > 0)
 
 
 async def verify_lost(cluster: Cluster, work: Work) -> None:
@@ -158,6 +183,8 @@ async def test_with_drafts_and_caches_and_losses(work: Work) -> None:
         cluster = Cluster(client, router, {worker.name: worker for worker in workers})
         async with nothing_left(router):
             await with_drafts(cluster, work)
+        await moved_while_they_decode(cluster, work)
         await cancelled_while_kv_comes(cluster, work)
+        await prefill_lost(cluster, work, signal.SIGSTOP)
         await prefill_lost(cluster, work, signal.SIGKILL)
         await verify_lost(cluster, work)

@@ -61,16 +61,15 @@ class NodeChannels:
             raise OSError(f"no port to listen on at {host}: {error}") from error
 
     @property
-    def metrics_tls(self) -> dict[str, Any]:
-        """Arguments of prometheus_client.start_http_server: scrapers show a node's certificate too."""
+    def metrics_context(self) -> ssl.SSLContext | None:
+        """For `MetricsServer`: scrapers show a node's certificate too."""
         if self._tls is None:
-            return {}
-        return {
-            "certfile": str(self._tls.certificate),
-            "keyfile": str(self._tls.key),
-            "client_cafile": str(self._tls.ca),
-            "client_auth_required": True,
-        }
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(self._tls.certificate, self._tls.key)
+        context.load_verify_locations(self._tls.ca)
+        context.verify_mode = ssl.CERT_REQUIRED
+        return context
 
     @staticmethod
     def _client_credentials(pem: _Pem) -> grpc.ChannelCredentials:

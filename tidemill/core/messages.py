@@ -226,7 +226,7 @@ class StepReport:
     worker: WorkerId
     role: Role
     accepting: bool
-    sequence: int
+    sequence: int  # within a stream; the same again: the worker lives, and its engine has not come round since
     load: WorkerLoad
     events: tuple[Event, ...] = ()
 

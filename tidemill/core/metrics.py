@@ -4,6 +4,7 @@ Router and workers make a `Metrics` each and serve it for Prometheus. Labels are
 SLO classes of the settings; never request ids, tenants or prompts.
 """
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,9 +17,12 @@ from prometheus_client import (
     Histogram,
     ProcessCollector,
     disable_created_metrics,
+    generate_latest,
 )
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+
+from tidemill.core.exposition import Lines, heading, lines_of
 
 
 class Kind(StrEnum):
@@ -214,7 +218,7 @@ NODES_CHOSEN = _counter(
     "Mostly needed: verify workers are short of time for the goals.", "reason",
 )  # fmt: skip
 GOALS_OUT_OF_REACH = _counter(
-    "goals_out_of_reach_total", "Steps of requests whose drafts cannot bring as many tokens as their goal needs.",
+    "goals_out_of_reach_total", "Steps of requests whose goal is lost, or needs more tokens than their drafts bring.",
     "Relax the goal, add verify workers, or improve the draft.", "slo_class",
 )  # fmt: skip
 SELECTION_TIME = _latency(
@@ -277,14 +281,21 @@ class PassThrough(Collector):
 
 
 class Metrics:
-    """The series of one process, in a registry of their own, and its CPU time, memory and files (`process_*`)."""
+    """The series of one process, its CPU time, memory and files (`process_*`), and what libraries in it count."""
 
     def __init__(self, series: tuple[Series, ...]) -> None:
-        self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
+        self.registry = CollectorRegistry()  # what is declared
+        self._others = CollectorRegistry()
+        ProcessCollector(registry=self._others)
         self._collectors = {each.name: self._make(each) for each in series}
-        # Labels are bounded, so this is too; the library's own look-up costs more than the counting.
+        # Labels are bounded, so these are too; the library's own look-up costs more than the counting.
         self._children: dict[tuple[object, ...], Counter | Gauge | Histogram] = {}
+        self._lock = threading.Lock()
+        self._lines: dict[str, list[Lines]] = {each.name: [] for each in series}
+        self._headings = {each.name: heading(each.name, each.kind, each.help) for each in series}
+        for each in series:
+            if not each.labels:
+                self._of(each, {})  # shown from the start, as 0
 
     def _make(self, series: Series) -> Counter | Gauge | Histogram:
         if series.kind is Kind.HISTOGRAM:
@@ -300,7 +311,12 @@ class Metrics:
 
     def pass_through(self, prefix: str) -> None:
         """Serve a library's series of this name beside ours."""
-        self.registry.register(PassThrough(prefix))
+        self._others.register(PassThrough(prefix))
+
+    def text(self) -> str:
+        """Everything as Prometheus reads it, from any thread."""
+        ours = (self._headings[name] + "".join([each() for each in lines]) for name, lines in self._lines.items())
+        return "".join(ours) + generate_latest(self._others).decode()
 
     def add(self, series: Series, amount: float = 1.0, **labels: str) -> None:
         """Count up. Raises KeyError for a series this process did not declare."""
@@ -330,5 +346,9 @@ class Metrics:
         found = self._children.get(key)
         if found is None:
             collector = self._collectors[series.name]
-            found = self._children[key] = collector.labels(**labels) if labels else collector
+            found = collector.labels(**labels) if labels else collector
+            with self._lock:  # two threads may come first, and a sample must not be there twice
+                if key not in self._children:
+                    self._lines[series.name].append(lines_of(series.name, labels.items(), found))
+                    self._children[key] = found
         return found

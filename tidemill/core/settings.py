@@ -34,6 +34,8 @@ class ModelSettings(Section):
     """Folder; a relative path counts from the settings file."""
     name: str = ""
     """Name clients ask for; empty: the folder's name."""
+    threads: Count | None = None
+    """OpenMP threads of an engine process that runs it; none: `engine.threads`. A draft model wants one."""
 
     @property
     def served_name(self) -> str:
@@ -236,6 +238,9 @@ class DeadlineSettings(Section):
     """From the end of prefill to the first token."""
     token_s: Seconds = 30.0
     """Between tokens of a running request."""
+    stall_s: Seconds = 3.0
+    """Silence after which a worker counts as stopped: its requests go on elsewhere. A live one is never silent for more
+    than a second, however long its step takes."""
     link_s: Seconds = 10.0
     """Opening a KV link, and one message on it."""
     lease_s: Seconds = 90.0
@@ -382,6 +387,11 @@ class Settings(Section):
     metrics: MetricsSettings = MetricsSettings()
     status_page: StatusPageSettings = StatusPageSettings()
     traces: TracesSettings = TracesSettings()
+
+    def threads_of(self, role: Role) -> int:
+        """OpenMP threads of a worker's engine."""
+        model = self.draft if role is Role.DRAFT else self.target
+        return (model and model.threads) or self.engine.threads
 
     @model_validator(mode="after")
     def _consistent(self) -> "Settings":

@@ -106,7 +106,15 @@ class TokenTree:
 
     def rated(self, chances: Iterable[float]) -> "TokenTree":
         """The same tree with these chances."""
-        return TokenTree(self.tokens, self.parents, tuple(chances))
+        return self._known(self.tokens, self.parents, tuple(chances))
+
+    @classmethod
+    def _known(cls, tokens: tuple[int, ...], parents: tuple[int, ...], chances: tuple[float, ...]) -> "TokenTree":
+        """One that is derived from a tree, and so is one: it is not checked again."""
+        tree = object.__new__(cls)
+        for name, value in (("tokens", tokens), ("parents", parents), ("chances", chances), ("_path_chances", None)):
+            object.__setattr__(tree, name, value)
+        return tree
 
     def best_chain(self, longest: int) -> list[int]:
         """Tokens from the root on, each that of the child with the best chance, at most `longest`.
@@ -154,10 +162,10 @@ class TokenTree:
 
     def _part(self, nodes: list[int], root: int) -> "TokenTree":
         place = {root: ROOT} | {node: index for index, node in enumerate(nodes)}
-        return TokenTree(
-            tuple(self.tokens[node] for node in nodes),
-            tuple(place[self.parents[node]] for node in nodes),
-            tuple(self.chances[node] for node in nodes) if self.chances else (),
+        return self._known(
+            tuple([self.tokens[node] for node in nodes]),
+            tuple([place[self.parents[node]] for node in nodes]),
+            tuple([self.chances[node] for node in nodes]) if self.chances else (),
         )
 
 

@@ -226,6 +226,13 @@ class Engine(Protocol):
         """Attach a draft for the sequence's next step. False: stale, unknown or not verifiable; nothing happened."""
         ...
 
+    def limit_prompts(self, tokens: int) -> None:
+        """The next step computes at most so many tokens of prompts, unless it would have nothing else to do.
+
+        An engine may disregard it, which changes the speed of requests and nothing else.
+        """
+        ...
+
     def release(self, request_id: str) -> None:
         """Forget a sequence and free its blocks; nothing happens if unknown."""
         ...

@@ -1,8 +1,9 @@
 """Links over torch.distributed: one two-member group for each ordered pair of workers.
 
 Both members meet at a store that the receiver hosts; the group's name carries both incarnations and a serial, so
-neither a restarted peer nor a second attempt can inherit a dead link. A message is a header of fixed size, the payload,
-and the tokens that the header counts.
+neither a restarted peer nor a second attempt can inherit a dead link. A message is a header of fixed size and the
+payload. The tokens that end a move are in the header, and only those that do not fit there follow: decoding waits for
+this message, and each part of it wakes threads on both sides.
 """
 
 import itertools
@@ -24,9 +25,10 @@ from workers.kv.staging import Staging
 
 SENDER, RECEIVER = 0, 1
 HEADER_TAG, PAYLOAD_TAG, TOKENS_TAG = 0, 1, 2
-HEADER_WORDS = 7  # lease id, first block, blocks, first layer, layers, tokens or NO_TOKENS, protocol version
+FIELDS = 7  # lease id, first block, blocks, first layer, layers, tokens or NO_TOKENS, protocol version
+INLINE_TOKENS = 57  # the first ones, behind the fields
 NO_TOKENS = -1  # not the last message of a request that moves
-VERSION = 3
+VERSION = 4
 IDLE_S = 600.0  # a receiver gives up a link that is silent for so long; senders close theirs long before
 BUFFERS = 2  # of each link: one being received into, one being copied from
 MAX_LINKS_PER_SENDER = 4  # more than one only while broken ones linger
@@ -142,13 +144,14 @@ class _Incoming:
         host.receiver(Arrival(self.name, str(self.sender), error=why))
 
     def _receive(self, pair: Pair) -> Arrival:
-        header = torch.zeros(HEADER_WORDS, dtype=torch.int64, device=pair.device)
+        header = torch.zeros(FIELDS + INLINE_TOKENS, dtype=torch.int64, device=pair.device)
         pair.receive(header, HEADER_TAG, IDLE_S)
-        lease_id, first_block, blocks, first_layer, layers, tokens, version = header.tolist()
+        words = header.tolist()
+        lease_id, first_block, blocks, first_layer, layers, tokens, version = words[:FIELDS]
         layout = self._host.layout
         fits = 0 < blocks <= MAX_BLOCKS and 0 <= first_layer < first_layer + layers <= layout.layers
         if version != VERSION or not fits or not NO_TOKENS <= tokens <= MAX_TOKENS:
-            raise LinkError(f"header {header.tolist()} is not of protocol {VERSION}")
+            raise LinkError(f"header {words[:FIELDS]} is not of protocol {VERSION}")
         shape = (layers, blocks, 2, layout.kv_heads, layout.block_size, layout.head_dim)
         dtype: torch.dtype = getattr(torch, layout.dtype)
         nbytes = math.prod(shape) * dtype.itemsize
@@ -162,18 +165,18 @@ class _Incoming:
 
         started = time.perf_counter()
         pair.receive(buffer[:nbytes], PAYLOAD_TAG)
-        output = self._receive_tokens(pair, tokens)
+        output = None if tokens == NO_TOKENS else self._receive_tokens(pair, words[FIELDS:], tokens)
         seconds = time.perf_counter() - started
         kv = buffer[:nbytes].view(dtype).view(shape)
         return Arrival(self.name, str(self.sender), lease_id, first_block, kv, first_layer, output, seconds, done=done)
 
     @staticmethod
-    def _receive_tokens(pair: Pair, count: int) -> tuple[int, ...] | None:
-        if count <= 0:
-            return None if count == NO_TOKENS else ()
-        tokens = torch.zeros(count, dtype=torch.int64, device=pair.device)
-        pair.receive(tokens, TOKENS_TAG)
-        return tuple(tokens.tolist())
+    def _receive_tokens(pair: Pair, inline: list[int], count: int) -> tuple[int, ...]:
+        if count <= INLINE_TOKENS:
+            return tuple(inline[:count])
+        rest = torch.zeros(count - INLINE_TOKENS, dtype=torch.int64, device=pair.device)
+        pair.receive(rest, TOKENS_TAG)
+        return (*inline, *rest.tolist())
 
 
 class TorchSendingEnd:
@@ -193,14 +196,15 @@ class TorchSendingEnd:
     def send(self, message: KvMessage) -> None:
         device = self._pair.device
         layers, blocks = message.kv.shape[:2]
-        output = message.output
-        tokens = NO_TOKENS if output is None else len(output)
-        words = [message.lease_id, message.first_block, blocks, message.first_layer, layers, tokens, VERSION]
-        header = torch.tensor(words, device=device)
-        self._pair.send(header, HEADER_TAG)
+        output = message.output or ()
+        tokens = NO_TOKENS if message.output is None else len(output)
+        fields = [message.lease_id, message.first_block, blocks, message.first_layer, layers, tokens, VERSION]
+        inline, rest = output[:INLINE_TOKENS], output[INLINE_TOKENS:]
+        words = [*fields, *inline, *(0 for _ in range(INLINE_TOKENS - len(inline)))]
+        self._pair.send(torch.tensor(words, device=device), HEADER_TAG)
         self._pair.send(_as_bytes(message.kv.to(device)), PAYLOAD_TAG)
-        if output:
-            self._pair.send(torch.tensor(output, device=device), TOKENS_TAG)
+        if rest:
+            self._pair.send(torch.tensor(rest, device=device), TOKENS_TAG)
 
     def close(self) -> None:
         self._pair.close()

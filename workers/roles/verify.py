@@ -130,11 +130,11 @@ class VerifyRole:
             return refuse(self._outbox, request.id, Refusal.TOO_LONG)
         except ValueError as error:
             return fail(self._outbox, request.id, Failure.ENGINE, str(error))
-        self._admit(request, drafter, now)
+        self._admit(request, drafter, now, prompt_here=True)
 
-    def _admit(self, request: Request, drafter: Peer | None, now: float) -> None:
+    def _admit(self, request: Request, drafter: Peer | None, now: float, *, prompt_here: bool = False) -> None:
         decoding = self._requests[request.id] = Decoding(request, list(request.tokens), drafter, now)
-        self._speculator.open(request, decoding.tokens, drafter, now)
+        self._speculator.open(request, decoding.tokens, drafter, now, prompt_here=prompt_here)
 
     def cancel(self, request_id: str) -> None:
         entry = self._leases.of_request(request_id)

@@ -132,6 +132,7 @@ def speedups(conditions: Conditions, times: StepTimes, max_depth: int) -> Floats
     depths = np.arange(max_depth + 1)
     tokens = (np.asarray(conditions.alphas)[:, None] ** depths).sum(axis=0).cumsum()
     steps = times.levels(len(conditions.alphas) * (1 + depths)) + times.slope * conditions.context * (1 + depths)
+    steps += times.kv_slope * conditions.context
     drafts = depths * conditions.draft_step_s + conditions.round_trip_s
     rounds = np.maximum(steps, drafts) if conditions.ahead else steps + drafts
     rounds[0] = steps[0]
@@ -147,5 +148,5 @@ def verify_budget(times: StepTimes, requests: int, context: float, tolerance: fl
     rows = np.arange(max(requests, 1), max_rows + 1)
     if not rows.size:
         return requests
-    seconds = times.levels(rows) + times.slope * context / max(requests, 1) * rows
+    seconds = times.levels(rows) + times.slope * context / max(requests, 1) * rows + times.kv_slope * context
     return int(rows[np.searchsorted(seconds, seconds[0] * (1.0 + tolerance), side="right") - 1])

@@ -5,7 +5,8 @@ shape and all of them are verified, whatever that costs: the way of systems with
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 
 from tidemill.core.model import Decision
 from tidemill.core.settings import SpeculationSettings
@@ -28,6 +29,7 @@ MAX_ROWS = 256  # of all drafts in a step
 MEMORY = 0.1  # weight of the newest round in averages
 FIRST_ROUND_S = 0.02
 MAX_AHEAD = 4
+SPARE = 1.25  # nodes that are drafted for each that is verified
 OVERDUE = 0.25  # rounds that an answer which should be here is still expected to take
 
 
@@ -47,21 +49,26 @@ class Pace:
         self._times = times
         self._fixed = Shape(settings.max_depth, settings.width, settings.max_nodes)
         self._control = LoadControl(
-            max_depth=settings.max_depth, max_width=settings.width, max_nodes=settings.max_nodes
+            max_depth=settings.max_depth,
+            max_width=settings.width,
+            max_nodes=settings.max_nodes,
+            width_offset=settings.width,
         )
         self._decided: Decision[Shape] | None = None
         self._decisions = 0
         self._last_at: float | None = None
+        self._nodes = float(settings.max_nodes)  # verified of a tree
         self._fresh_tokens = 1.0  # expected of a tree that was drafted from all of a request's tokens
         self._step_s = FIRST_ROUND_S  # of a round, the engine's step
+        self._prompts_s = 0.0  # of it, what prompts took
         self._tokens = 1.0  # of a round
         self.round_s = FIRST_ROUND_S  # from one step to the next, all included
         self.overhead_s = 0.0  # of it, what is not the engine's
 
     # --- measuring ----------------------------------------------------------------------------------------------
 
-    def stepped(self, output: StepOutput, context: int, now: float) -> None:
-        """A step ended. `context`: tokens its decoding rows attended to."""
+    def stepped(self, output: StepOutput, context: int, kv: int, now: float) -> None:
+        """A step ended. `context`: tokens its decoding rows attended to; `kv`: of each sequence once."""
         if self._last_at is not None and output.outputs:
             took = min(now - self._last_at, 10 * self.round_s)  # an idle worker is not a slow one
             self.round_s += MEMORY * (took - self.round_s)
@@ -69,12 +76,17 @@ class Pace:
             self._step_s += MEMORY * (min(output.seconds, took) - self._step_s)
             self._tokens += MEMORY * (sum(len(each.tokens) for each in output.outputs) - self._tokens)
         self._last_at = now if output.outputs else None
-        if output.outputs and not output.progress and output.seconds > 0:
-            self._times.observe(output.batch_tokens, context, output.seconds)
+        rows = sum(1 + each.drafted for each in output.outputs)
+        if rows and output.seconds > 0:
+            prompts = max(output.batch_tokens - rows, 0)
+            self._times.observe(rows, context, output.seconds, kv, prompts)
+            self._prompts_s += MEMORY * (prompts * self._times.prompt_slope - self._prompts_s)
 
     def chosen(self, candidates: Sequence[Candidate], selection: Selection, fates: Sequence[str]) -> None:
         """What was chosen for a step tells what a fresh tree is worth."""
         for candidate, nodes, fate in zip(candidates, selection.nodes, fates, strict=True):
+            if nodes:
+                self._nodes += MEMORY / 4 * (len(nodes) - self._nodes)
             if fate == Fate.FRESH and nodes:
                 chances = candidate.tree.path_chances()
                 self._fresh_tokens += MEMORY * (sum(chances[node] for node in nodes) - self._fresh_tokens)
@@ -98,7 +110,11 @@ class Pace:
         )
         self._decisions += 1
         self._decided = draft_shape(conditions, self._times, self._control, Damping(), self._decided, self._decisions)
-        return self._decided.choice, ahead
+        return self._trimmed(self._decided.choice), ahead
+
+    def _trimmed(self, shape: Shape) -> Shape:
+        """No more nodes than are of use: drafting them takes time, and steps may be waiting."""
+        return replace(shape, nodes=max(shape.depth, min(shape.nodes, ceil(SPARE * self._nodes) + 1)))
 
     def _link_s(self, round_trip_s: float, draft_step_s: float) -> float:
         """The part of a round trip in which nothing is drafted."""
@@ -114,6 +130,11 @@ class Pace:
     def local_shape(self, requests: int) -> Shape:
         """Of drafts that cost next to nothing, so that choosing among their nodes is enough."""
         return self._fixed if not self._settings.adaptive else self._control.shape(requests, self._settings.max_depth)
+
+    @property
+    def best_tpot_s(self) -> float:
+        """What a request with fresh drafts in every step can expect."""
+        return self.round_s / (1.0 + self._fresh_tokens)
 
     @property
     def times_for_choice(self) -> StepTimes:
@@ -133,7 +154,8 @@ class Pace:
 
         A step that does not wait gives 1 + h tokens, h being expected of what is at hand, and the answer will still be
         there for the next one, less as many levels. So for the time of a step it brings those of the 1 + h tokens that
-        the answer would not have brought: alpha + alpha^2 + ... of them it would.
+        the answer would not have brought: alpha + alpha^2 + ... of them it would. And all requests wait for what some
+        lack: what the answer adds must be worth the time that it takes, to come and to be verified.
         """
         if not self._settings.adaptive:
             return answer.deadline if any(not each.tokens for each in at_hand) else None
@@ -143,7 +165,18 @@ class Pace:
         brought = sum(1.0 + each.tokens - chain_tokens(each.alpha, 1.0 + each.tokens) for each in lacking)
         wait_s = max(answer.expected_at - now, OVERDUE * self.round_s)
         worth_s = self._step_s - brought / self._tokens * self.round_s
-        return answer.deadline if lacking and wait_s < worth_s else None
+        return answer.deadline if lacking and wait_s < min(worth_s, self._gain_s(at_hand)) else None
+
+    def _gain_s(self, at_hand: Sequence[AtHand]) -> float:
+        """What fresh drafts would add to a step, as time that so many tokens take; less what verifying them takes."""
+        depth = self._decided.choice.depth if self._decided is not None else self._settings.max_depth
+        fresh = [chain_tokens(each.alpha, depth) for each in at_hand]
+        added = [max(best - each.tokens, 0.0) for best, each in zip(fresh, at_hand, strict=True)]
+        gain_s = sum(added) / self._tokens * max(self.round_s - self._prompts_s, 0.0)  # prompts take what they take
+        if not self._times.ready:
+            return gain_s
+        nodes = self._nodes * sum(more / best for more, best in zip(added, fresh, strict=True) if best)
+        return gain_s - self._times.marginal(len(at_hand) * (1.0 + self._nodes) - nodes, nodes, 0.0)
 
 
 def chain_tokens(alpha: float, levels: float) -> float:

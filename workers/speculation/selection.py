@@ -160,7 +160,12 @@ def _surplus(
     if times.ready:
         contexts = np.array([float(each.context) for each in candidates])
         attended = float(contexts @ (needed + 1)) + np.concatenate(([0.0], contexts[owners].cumsum()))
-        seconds = times.levels(np.arange(rows, rows + owners.size + 1)) + times.slope * attended + overhead_s
+        seconds = (
+            times.levels(np.arange(rows, rows + owners.size + 1))
+            + times.slope * attended
+            + times.kv_slope * contexts.sum()
+            + overhead_s
+        )
         tokens = count + float(values[taken].sum()) + np.concatenate(([0.0], left[likeliest].cumsum()))
         best = int(np.argmax(tokens / seconds))
         if best < owners.size:

@@ -6,6 +6,7 @@ before a step  wait, if that is worth it -> choose nodes for all requests togeth
 """
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -19,12 +20,14 @@ from workers.engine.base import Engine, SequenceOutput, StepOutput
 from workers.speculation.acceptance import Proposal, Rule, check_pairing
 from workers.speculation.branch_cache import BranchCache
 from workers.speculation.calibration import Alpha, Calibration
+from workers.speculation.goals import Progress, Waiting, prompt_tokens
 from workers.speculation.local import LocalDrafts
 from workers.speculation.pace import AtHand, Pace
 from workers.speculation.pool import DrafterPool
 from workers.speculation.remote import RoundResult, Want
 from workers.speculation.selection import Candidate, Reason, need, select
 from workers.speculation.step_time import StepTimes
+from workers.speculation.tally import Tally
 
 REMOTE = "draft"  # the source that draft workers are
 FIRST_ALPHA = 0.6
@@ -46,6 +49,8 @@ class Speculating:
     request: Request
     tokens: list[int]
     drafter: Peer | None
+    opened_at: float
+    prompt_left: int  # tokens whose KV is to be computed here before it decodes
     first_at: float | None = None  # when it got its first token here
     first_length: int = 0  # and how many tokens it then had
     offer: Offer | None = None
@@ -77,15 +82,18 @@ class Speculator:
         self._calibration = Calibration()
         self._local = LocalDrafts(engine, settings)
         self._cache = BranchCache()
+        self._tally = Tally()
         self._requests: dict[str, Speculating] = {}
 
     # --- requests -----------------------------------------------------------------------------------------------
 
-    def open(self, request: Request, tokens: list[int], drafter: Peer | None, now: float) -> None:
-        """Its draft worker computes its KV beside the prefill worker."""
+    def open(
+        self, request: Request, tokens: list[int], drafter: Peer | None, now: float, *, prompt_here: bool = False
+    ) -> None:
+        """Its draft worker computes its KV beside whoever computes the prompt; `prompt_here`: this worker does."""
         if self._settings.enabled:
             remote = drafter if REMOTE in self._settings.sources else None
-            self._requests[request.id] = Speculating(request, tokens, remote)
+            self._requests[request.id] = Speculating(request, tokens, remote, now, len(tokens) if prompt_here else 0)
             if remote is not None:
                 self._cache.open(request.id, tokens)
                 self._pool.open(remote, request, now)
@@ -103,12 +111,22 @@ class Speculator:
     def after_step(self, output: StepOutput, now: float) -> None:
         """Tokens were committed, and are in the lists."""
         found = [(known, each) for each in output.outputs if (known := self._requests.get(each.request_id))]
-        self._pace.stepped(output, sum(len(known.tokens) * (1 + each.drafted) for known, each in found), now)
+        contexts = [(len(known.tokens), 1 + each.drafted) for known, each in found]
+        self._pace.stepped(output, sum(n * rows for n, rows in contexts), sum(n for n, _ in contexts), now)
+        for progress in output.progress:
+            if progress.request_id in self._requests:
+                known = self._requests[progress.request_id]
+                known.prompt_left = len(known.tokens) - progress.computed_tokens
+        for request_id in output.preempted:
+            if request_id in self._requests:
+                self._requests[request_id].prompt_left = len(self._requests[request_id].tokens)
         for known, each in found:
             self._learn(known, each)
+            known.prompt_left = 0
             if known.first_at is None:
                 known.first_at, known.first_length = now, len(known.tokens)
             self._cache.commit(each.request_id, each.tokens)
+        self._tally.flush(self._metrics)
         self._ask(now)
 
     def _learn(self, known: Speculating, output: SequenceOutput) -> None:
@@ -120,12 +138,8 @@ class Speculator:
         accepted = accepted_nodes(offer.tree, output.tokens)
         self._calibration.observe_verdict(offer.source, offer.tree, accepted)
         known.alpha.observe(offer.tree, accepted)
-        self._metrics.add(metrics.ACCEPTED_FROM, len(accepted), source=offer.source)
+        self._tally.verdict(offer.source, len(accepted), judged_levels(offer.tree, accepted))
         self._metrics.observe(metrics.DRAFT_LENGTH, len(accepted), slo_class=known.request.slo.name)
-        for depth in range(1, len(accepted) + 1):
-            self._metrics.add(metrics.ACCEPTED_AT_DEPTH, depth=str(depth), source=offer.source)
-        for depth in range(1, judged_levels(offer.tree, accepted) + 1):
-            self._metrics.add(metrics.OFFERED_AT_DEPTH, depth=str(depth), source=offer.source)
 
     def _decoding(self) -> list[Speculating]:
         return [each for each in self._requests.values() if each.decoding]
@@ -192,21 +206,57 @@ class Speculator:
         decoding = self._decoding()
         if not decoding:
             return
+        lost = self._regard_goals(decoding, now)
         offers = self._offers(decoding)
         candidates = [
-            Candidate(self._calibrated(offer.tree, offer.source), len(known.tokens), self._need(known, now))
+            Candidate(
+                self._calibrated(offer.tree, offer.source),
+                len(known.tokens),
+                1.0 if known.request.id in lost else self._need(known, now),
+            )
             for known, offer in zip(decoding, offers, strict=True)
         ]
         budget = self._pace.budget(len(decoding), sum(each.context for each in candidates))
         chosen = select(candidates, self._pace.times_for_choice, budget, self._pace.overhead_s).choice
         self._pace.chosen(candidates, chosen, [offer.fate for offer in offers])
-        for known, offer, nodes in zip(decoding, offers, chosen.nodes, strict=True):
-            self._propose(known, offer, nodes)
-        for index in chosen.unmet:
-            self._metrics.add(metrics.GOALS_OUT_OF_REACH, slo_class=decoding[index].request.slo.name)
+        used = Counter(
+            (offer.source, offer.fate)
+            for known, offer, nodes in zip(decoding, offers, chosen.nodes, strict=True)
+            if nodes and self._propose(known, offer, nodes)
+        )
+        for (source, fate), count in used.items():
+            self._metrics.add(metrics.DRAFTS_USED, count, source=source, fate=fate)
+        for request_id in lost | {decoding[index].request.id for index in chosen.unmet}:
+            self._metrics.add(metrics.GOALS_OUT_OF_REACH, slo_class=self._requests[request_id].request.slo.name)
         for reason in Reason:
             self._metrics.add(metrics.NODES_CHOSEN, chosen.count(reason), reason=reason)
         self._metrics.observe(metrics.SELECTION_TIME, time.perf_counter() - started)
+
+    def _regard_goals(self, decoding: Sequence[Speculating], now: float) -> set[str]:
+        """Has the engine hold prompts back if goals need that. Returns the requests whose goal is lost."""
+        progress = {each.request.id: self._progress(each, now) for each in decoding}
+        lost = {request_id for request_id, each in progress.items() if each.lost(self._pace.best_tpot_s)}
+        pressed = any(each.behind for request_id, each in progress.items() if request_id not in lost)
+        if pressed and self._settings.adaptive and (tokens := self._prompt_tokens(now)) is not None:
+            self._engine.limit_prompts(tokens)
+        return lost
+
+    @staticmethod
+    def _progress(known: Speculating, now: float) -> Progress:
+        assert known.first_at is not None
+        slo, decoded = known.request.slo, len(known.tokens) - known.first_length
+        late = known.first_at - known.opened_at > slo.ttft_s
+        return Progress(now - known.first_at, decoded, known.room + 1, slo.tpot_s, late)
+
+    def _prompt_tokens(self, now: float) -> int | None:
+        """How many the next step should compute; None: there is nothing to hold back."""
+        waiting = [each for each in self._requests.values() if each.prompt_left]
+        if not waiting or any(each.decoding for each in waiting):  # whose KV was taken, and who is late already
+            return None
+        return prompt_tokens(
+            [Waiting(each.prompt_left, now - each.opened_at, each.request.slo.ttft_s) for each in waiting],
+            self._pace.round_s,
+        )
 
     def _offers(self, decoding: Sequence[Speculating]) -> list[Offer]:
         """For each request the source from which most tokens are expected."""
@@ -228,11 +278,13 @@ class Speculator:
         decoded = len(known.tokens) - known.first_length
         return need(now - known.first_at, self._pace.round_s, known.request.slo.tpot_s, decoded)
 
-    def _propose(self, known: Speculating, offer: Offer, nodes: Iterable[int]) -> None:
+    def _propose(self, known: Speculating, offer: Offer, nodes: Iterable[int]) -> bool:
+        """False if the engine takes no draft for it now."""
         tree = offer.tree.subset(nodes)
-        if tree and self._engine.propose(Draft(known.request.id, len(known.tokens), tree)):
-            known.offer = Offer(tree, offer.source, offer.fate)
-            self._metrics.add(metrics.DRAFTS_USED, source=offer.source, fate=offer.fate)
+        if not self._engine.propose(Draft(known.request.id, len(known.tokens), tree)):
+            return False
+        known.offer = Offer(tree, offer.source, offer.fate)
+        return True
 
     def close(self) -> None:
         self._pool.close()

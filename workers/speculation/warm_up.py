@@ -38,7 +38,7 @@ def _measure(engine: Engine, times: StepTimes, context: int, noise: random.Rando
         for rows in ROWS * REPEATS:
             engine.propose(Draft(request.id, length, TokenTree.chain(noise.choices(vocabulary, k=rows - 1))))
             output = engine.step()
-            times.observe(output.batch_tokens, output.batch_tokens * length, output.seconds)
+            times.observe(output.batch_tokens, output.batch_tokens * length, output.seconds, length)
             length += sum(len(each.tokens) for each in output.outputs)
     finally:
         engine.release(request.id)

@@ -1,6 +1,10 @@
 """The controller without Ray: what it records and counts, how switches end, and who is a member."""
 
+import random
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.controller import SILENT_ROUNDS, Membership
 from cluster.policy.rebalance import RebalanceReason
@@ -57,6 +61,53 @@ def test_workers_on_their_way_count_for_their_new_role_and_are_left_alone() -> N
     assert 1 <= len(begun) <= 5, "those under way are not replaced by others"
     late = cluster.now + ControllerSettings().switch_timeout_s + 1
     assert set(steers.overdue(late)) == set(begun)
+
+
+story = st.lists(
+    st.one_of(
+        st.builds(Load, st.floats(0.1, 80), st.integers(1, 3000), st.integers(1, 500)),
+        st.sampled_from(["ends", "fails", "dies", "late"]),
+    ),
+    min_size=1,
+    max_size=30,
+)
+
+
+@given(story, st.randoms(use_true_random=False))
+@settings(max_examples=50, deadline=None)
+def test_whatever_becomes_of_switches_each_is_asked_for_once_and_somebody_decodes(
+    events: list[Load | str], rng: random.Random
+) -> None:
+    """Switches end, fail, take for ever, and workers die of them, while the traffic jumps."""
+    steers, _ = steering(cooldown_s=0.0, dwell_s=0.0)
+    cluster, load = cluster_of(3, 0, 4), PROMPTS
+    for event in events:
+        under_way = sorted(steers.under_way)
+        if isinstance(event, Load):
+            load = event
+        elif under_way:
+            worker = rng.choice(under_way)
+            to = steers.under_way[worker].change.to
+            if event == "late":
+                assert worker in steers.overdue(cluster.now + ControllerSettings().switch_timeout_s + 1)
+                continue
+            steers.ended(worker, None if event == "ends" else event, cluster.now)
+            assert worker not in steers.under_way
+            if event == "ends":
+                cluster.roles[worker] = to
+            elif event == "dies":
+                del cluster.roles[worker]
+        for _ in range(4):
+            cluster.advance(load)
+            busy = set(steers.under_way)
+            begun = steers.decide(cluster.picture(), cluster.now, 0.0)
+            assert not busy & {change.worker for change in begun}, "a worker is asked once"
+            assert all(cluster.roles[change.worker] is change.before for change in begun)
+            left = [
+                name for name, role in cluster.roles.items() if role is Role.VERIFY and name not in steers.under_way
+            ]
+            had = [name for name, role in cluster.roles.items() if role is Role.VERIFY and name not in busy]
+            assert left or not had, "nobody is left who decodes"
 
 
 def test_memory_is_bounded_and_a_new_reason_is_kept() -> None:

@@ -51,8 +51,8 @@ class Bench:
         assert sequence.state is SequenceState.HELD
         return sequence
 
-    def step(self) -> Plan:
-        plan = self.scheduler.plan()
+    def step(self, prompt_limit: int | None = None) -> Plan:
+        plan = self.scheduler.plan(prompt_limit)
         for piece in plan.slices:
             sequence = piece.sequence
             if piece.yields:
@@ -72,6 +72,26 @@ class Bench:
 def rows(plan: Plan) -> list[tuple[Sequence, int, int, int]]:
     """(sequence, first row, rows of its own, rows of its draft) of each slice."""
     return [(each.sequence, each.start, each.rows, len(each.nodes)) for each in plan.slices]
+
+
+class TestPromptLimit:
+    def test_prompts_get_no_more(self) -> None:
+        bench = Bench()
+        decoding, prompt, new = bench.decoding(5), bench.waiting(10), bench.waiting(20)
+        assert rows(bench.step(7)) == [(decoding, 4, 1, 0), (prompt, 0, 7, 0)]
+        assert rows(bench.step(7)) == [(decoding, 5, 1, 0), (prompt, 7, 3, 0), (new, 0, 4, 0)]
+        assert rows(bench.step()) == [(decoding, 6, 1, 0), (prompt, 10, 1, 0), (new, 4, 16, 0)]
+
+    def test_none_begins_where_none_may(self) -> None:
+        bench = Bench()
+        decoding, new = bench.decoding(5), bench.waiting(20)
+        assert rows(bench.step(0)) == [(decoding, 4, 1, 0)]
+        assert new.state is SequenceState.WAITING
+
+    def test_a_step_that_has_nothing_else_to_do_disregards_it(self) -> None:
+        bench = Bench()
+        prompt = bench.waiting(4)
+        assert rows(bench.step(0)) == [(prompt, 0, 4, 0)]
 
 
 class TestOrder:

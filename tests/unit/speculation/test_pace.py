@@ -12,15 +12,15 @@ from workers.speculation.step_time import StepTimes
 STEP_S = 0.01
 
 
-def pace_of(row_s: float, **settings: object) -> Pace:
-    """A step of 10 ms, and `row_s` more for each row after the first."""
+def pace_of(row_s: float, requests: int = 1, **settings: object) -> Pace:
+    """A step of 10 ms, and `row_s` more for each row after the first. So many requests got a token from each step."""
     times = StepTimes()
     for rows in (1, 2, 4, 8, 16, 32) * 20:
         times.observe(rows, 20 * rows, STEP_S + row_s * (rows - 1))
     pace = Pace(fixed_drafts(**({"adaptive": True} | settings)), times)
     for step in range(60):
-        outputs = (SequenceOutput("r", (1,)),)
-        pace.stepped(StepOutput(outputs, batch_tokens=1, seconds=STEP_S), 20, step * STEP_S)
+        outputs = (SequenceOutput("r", (1,)),) * requests
+        pace.stepped(StepOutput(outputs, batch_tokens=1, seconds=STEP_S), 20, 20, step * STEP_S)
     return pace
 
 
@@ -62,6 +62,11 @@ class TestWaiting:
 
     def test_not_for_what_the_answer_will_hardly_be_right_about(self, pace: Pace) -> None:
         assert pace.wait_until([AtHand(0.0, 0.3)], NextAnswer(0.004, 0.1), 0.0) is None
+
+    def test_many_do_not_wait_for_what_few_lack(self) -> None:
+        pace, answer = pace_of(0.0001, requests=31), NextAnswer(0.004, 0.1)
+        assert pace.wait_until([AtHand(0.0, 0.5), *[AtHand(1.0, 0.5)] * 30], answer, 0.0) is None
+        assert pace.wait_until([AtHand(0.0, 0.5)] * 31, answer, 0.0) == 0.1
 
     def test_an_overdue_answer_is_not_for_nothing(self, pace: Pace) -> None:
         """It may come any moment, or not at all: what it is waited for with is a part of a round."""

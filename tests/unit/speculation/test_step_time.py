@@ -74,6 +74,22 @@ class TestSeeding:
             StepTimes().observe(rows, 0, seconds)
 
 
+class TestBeside:
+    """What a step has beside its rows is told apart from them."""
+
+    def test_prompts_and_kv_that_is_read_once(self) -> None:
+        times, rng = seeded(), random.Random(3)
+        for _ in range(600):
+            rows, kv, prompts = rng.randrange(8, 60), rng.randrange(2000, 20_000), rng.choice((0, 0, 100, 300))
+            context = kv * rng.randrange(1, 5)
+            times.observe(rows, context, truth(rows, context) + 1e-6 * kv + 5e-5 * prompts, kv, prompts)
+        assert times.slope == pytest.approx(2e-7, 0.1)
+        assert times.kv_slope == pytest.approx(1e-6, 0.1)
+        assert times.prompt_slope == pytest.approx(5e-5, 0.1)
+        expected = truth(40, 30_000) + 1e-6 * 10_000 + 5e-5 * 200
+        assert times.seconds(40, 30_000, 10_000, 200) == pytest.approx(expected, 0.05)
+
+
 class TestNoise:
     def live(self, times: StepTimes, steps: int, factor: float = 1.0, outliers: float = 0.0) -> None:
         rng = random.Random(7)

@@ -10,12 +10,14 @@ from tests.support.engines import SMALL, VOCABULARY, one_by_one
 from tests.support.workers import fixed_drafts, settings_of
 from tidemill.core import metrics
 from tidemill.core.messages import DraftReply, Submit, Tokens
-from tidemill.core.model import Request
+from tidemill.core.model import Request, SloClass
 from tidemill.core.tree import TokenTree
 from tidemill.types import SamplingParams
 from workers.engine.emulated import EmulatedEngine
 from workers.speculation import pool
 from workers.speculation.remote import PATIENCE
+
+EVERY_SOURCE = ("draft", "lookup", "recycling", "trigram", "early_layers")
 
 
 def request_of(name: str = "r", tokens: int = 20, max_tokens: int = 24) -> Request:
@@ -87,6 +89,35 @@ class TestTogether:
         self.run(trio, between, requests=6)
         # The opens are one call, each step's asks another, and what ended is told with the next.
         assert calls <= trio.verify.metrics.value(metrics.STEPS, role="verify") + 1
+
+    def test_what_metrics_tell(self, trio: Trio) -> None:
+        """Each of what an operator looks at moves under load: by source, fate, depth and class."""
+
+        def between(index: int) -> None:
+            if index % 3:
+                trio.drafted()
+            else:  # what is asked for now comes a step late
+                trio.carry_replies()
+                trio.carry_calls()
+
+        self.run(trio, between)
+        verify = trio.verify.metrics
+        for fate in ("fresh", "branch"):
+            assert verify.value(metrics.DRAFTS_USED, source="draft", fate=fate) > 0
+        for depth in ("1", "2"):
+            offered = verify.value(metrics.OFFERED_AT_DEPTH, depth=depth, source="draft")
+            assert offered > verify.value(metrics.ACCEPTED_AT_DEPTH, depth=depth, source="draft") > 0
+        from_workers, accepted = verify.value(metrics.ACCEPTED_FROM, source="draft"), verify.value(metrics.ACCEPTED)
+        assert 0 < from_workers <= accepted
+        assert accepted / verify.value(metrics.VERIFIES) > 0.3
+
+        def of_histogram(series: metrics.Series, part: str, **labels: str) -> float:
+            return verify.registry.get_sample_value(f"{series.name}_{part}", labels) or 0.0
+
+        class_ = request_of().slo.name
+        assert of_histogram(metrics.DRAFT_LENGTH, "sum", slo_class=class_) == from_workers
+        assert of_histogram(metrics.SELECTION_TIME, "count") > 0
+        assert of_histogram(metrics.SELECTION_TIME, "sum") > 0
 
     def test_late(self, trio: Trio) -> None:
         def between(index: int) -> None:
@@ -184,11 +215,29 @@ class TestTogether:
         assert self.result(trio, "answered") > used
         assert trio.verify.tokens("next") == plain(request_of("next"))
 
-    @pytest.mark.parametrize("sources", [("draft",), ("draft", "lookup", "recycling", "trigram", "early_layers")])
+    @pytest.mark.parametrize("sources", [("draft",), EVERY_SOURCE])
     def test_whatever_is_chosen(self, sources: tuple[str, ...]) -> None:
         """Shapes, sources and nodes that follow from measurements, which differ from run to run."""
         trio = Trio(settings_of(SMALL, fixed_drafts(adaptive=True, wait_s=1.0, sources=sources)), half_right)
         self.run(trio, lambda _: trio.drafted(), requests=6)
+        trio.assert_empty()
+
+    @pytest.mark.parametrize("strategy", ["chain", "beam", "heap", "static"])
+    def test_the_largest_trees_in_the_smallest_pool(self, strategy: str) -> None:
+        """All sources at once, requests of several tenants, which take each other's blocks on both workers."""
+        engine = SMALL.model_copy(update={"kv_blocks": 5, "max_batch_tokens": 24})
+        largest = {"max_depth": 16, "width": 16, "max_nodes": 64, "ahead": 4, "early_layers": 99}
+        drafts = fixed_drafts(strategy=strategy, wait_s=1.0, sources=EVERY_SOURCE, **largest)
+        trio = Trio(settings_of(engine, drafts), half_right)
+        wanted = [replace(request_of(f"r{i}", tokens=20 + 5 * i), tenant=f"tenant {i % 2}") for i in range(3)]
+        for request in wanted:
+            trio.verify.send(Submit(request, trio.draft.me))
+        while not all(trio.verify.over(request.id) for request in wanted):
+            trio.verify.turn()
+            trio.drafted()
+            trio.verify.engine.check()
+            trio.draft.engine.check()
+        assert {each.id: trio.verify.tokens(each.id) for each in wanted} == {each.id: plain(each) for each in wanted}
         trio.assert_empty()
 
     @pytest.mark.parametrize("source", ["lookup", "recycling", "trigram", "early_layers"])
@@ -206,6 +255,31 @@ class TestTogether:
         trio = Trio(settings_of(SMALL, fixed_drafts(enabled=False)), half_right)
         self.run(trio, lambda _: None)
         assert not trio.verify.streams
+
+    def test_a_goal_that_is_lost_is_reported_and_its_request_is_served_as_others_are(self) -> None:
+        trio = Trio(settings_of(SMALL, fixed_drafts(adaptive=True)))
+        hopeless = replace(request_of("hopeless", tokens=20), slo=SloClass("hopeless", 10.0, 1e-9))
+        for request in (hopeless, request_of("other", tokens=20)):
+            trio.verify.send(Submit(request, None))
+        for _ in range(5):
+            trio.verify.turn(advance_s=0.01)
+            assert len(trio.verify.tokens("hopeless")) == len(trio.verify.tokens("other"))
+        trio.verify.drain()
+        assert trio.verify.tokens("hopeless") == plain(hopeless)
+        assert trio.verify.metrics.value(metrics.GOALS_OUT_OF_REACH, slo_class="hopeless") > 0
+        assert trio.verify.metrics.value(metrics.GOALS_OUT_OF_REACH, slo_class="default") == 0
+
+    def test_prompts_take_their_time_while_a_request_is_behind_its_goal(self) -> None:
+        """0.2 s a token leave no time to compute a prompt at once that may take 100 s."""
+        trio = Trio(settings_of(SMALL, fixed_drafts(adaptive=True)))
+        slow = SloClass("slow", 100.0, 0.2)
+        trio.verify.send(Submit(replace(request_of("behind", tokens=100), slo=slow), None))
+        trio.verify.turn(2, advance_s=0.25)
+        trio.verify.send(Submit(replace(request_of("new", tokens=4), slo=slow), None))
+        trio.verify.turn(2, advance_s=0.25)
+        assert not trio.verify.tokens("new")
+        trio.verify.drain()
+        assert trio.verify.tokens("new") == plain(request_of("new", tokens=4))
 
     def test_a_stream_nobody_uses_is_closed(self, trio: Trio) -> None:
         self.run(trio, lambda _: trio.drafted())

@@ -80,6 +80,7 @@ class NativeEngine:
             settings.max_batch_tokens,
         )
         self._sequences: dict[str, Sequence] = {}
+        self._prompt_limit: int | None = None  # of the next step
         self._successors = 0  # how many outputs tell of each token
         self._steps = 0
         self._step_s = 0.0
@@ -240,6 +241,9 @@ class NativeEngine:
         sequence.draft = draft.tree.up_to(room)
         return bool(sequence.draft)
 
+    def limit_prompts(self, tokens: int) -> None:
+        self._prompt_limit = tokens
+
     def release(self, request_id: str) -> None:
         sequence = self._sequences.pop(request_id, None)
         if sequence is not None:
@@ -253,7 +257,8 @@ class NativeEngine:
 
     def step(self) -> StepOutput:
         started = time.perf_counter()
-        plan = self._scheduler.plan()
+        plan = self._scheduler.plan(self._prompt_limit)
+        self._prompt_limit = None
         preempted = tuple(each.request.id for each in plan.preempted)
         if not plan.slices and not plan.reached and not self._drafting:
             return StepOutput(preempted=preempted)

@@ -7,6 +7,8 @@
 
 When a row needs a block and there is none, held sequences give theirs up, then the youngest that runs: their KV is
 computed again later. Blocks that wait for KV from elsewhere, and those of paused sequences, are never taken.
+
+Prompts may be held back for the sake of those that decode: see Engine.limit_prompts.
 """
 
 from collections import Counter, deque
@@ -146,8 +148,8 @@ class Scheduler:
         head.kv.clear()
         return fits
 
-    def plan(self) -> Plan:
-        """Choose the next step's rows and allocate their blocks."""
+    def plan(self, prompt_limit: int | None = None) -> Plan:
+        """Choose the next step's rows and allocate their blocks; `prompt_limit`: see Engine.limit_prompts."""
         plan = Plan()
         decoding: list[Sequence] = []
         computing: list[Sequence] = []
@@ -155,6 +157,8 @@ class Scheduler:
             (decoding if each.decoding else computing).append(each)
         budget = self._max_batch_tokens - self._plan_decodes(plan, decoding)
         budget -= self._plan_drafts(plan, budget)
+        if prompt_limit is not None and plan.slices:
+            budget = min(budget, prompt_limit)
         budget -= self._plan_chunks(plan, computing, budget)
         self._admit(plan, budget)
         return plan

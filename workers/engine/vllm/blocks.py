@@ -59,6 +59,13 @@ class KvBlocks:
         for layer, new in zip(layers, kv, strict=True):
             layer[rows] = new.reshape(len(blocks), *layer.shape[1:]).to(layer.device)
 
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """All layers of `sources` into `targets`, number by number; the two may have blocks in common."""
+        device = self._layers[0].device
+        rows, into = (torch.tensor(each, dtype=torch.int64, device=device) for each in (sources, targets))
+        for layer in self._layers:
+            layer[into] = layer[rows]
+
 
 def _blocks_first(tensor: Tensor, num_blocks: int) -> Tensor:
     """A view whose first axis is that of the blocks."""

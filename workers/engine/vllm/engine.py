@@ -3,10 +3,12 @@
     submit    -> vLLM's queue ------------------------------------------> its tokens, step by step
     prefill   -> vLLM's queue, for one token -> HELD: vLLM keeps the blocks until `release`
     reserve   -> a step aside: vLLM allocates -> RECEIVING -> import_kv ... -> activate -> as above
+    pause     -> it runs, but in no step -> PAUSED -> `resume` or `release`
 
 Copies between links and blocks are made between steps, on this thread, so no step sees half a block.
 """
 
+import secrets
 import time
 from collections.abc import Sequence as Tokens
 from pathlib import Path
@@ -36,7 +38,7 @@ from workers.engine.base import (
     StepOutput,
 )
 from workers.engine.vllm.blocks import KvBlocks
-from workers.engine.vllm.connector import Leaving, TidemillConnector
+from workers.engine.vllm.connector import Leaving, Load, TidemillConnector
 from workers.engine.vllm.scheduler import TidemillScheduler
 from workers.engine.vllm.sequence import Sequence, State
 from workers.engine.vllm.start import eos_token_ids, start_vllm
@@ -117,12 +119,18 @@ class VllmEngine:
         self._sequences[request.id] = sequence
         return sequence
 
-    def _add(self, sequence: Sequence, transfer: dict[str, object]) -> None:
-        """Hand it to vLLM. Raises ValueError for parameters vLLM does not take; then it is forgotten."""
-        tokens = sequence.tokens if sequence.decodes else sequence.tokens[:-1]
+    def _add(self, sequence: Sequence, transfer: dict[str, object], unknown: int = 0) -> None:
+        """Hand it to vLLM. Raises ValueError for parameters vLLM does not take; then it is forgotten.
+
+        `unknown`: so many tokens more, which are not known yet. All its blocks are its own then, since no block of it
+        may be found in the prefix cache by what stands for them.
+        """
+        prompt: dict[str, object] = {"prompt_token_ids": sequence.tokens if sequence.decodes else sequence.tokens[:-1]}
+        if unknown:
+            prompt = {"prompt_token_ids": [*sequence.tokens, *[0] * unknown], "cache_salt": secrets.token_hex(8)}
         try:
             asked = sequence.asked(self.info.eos_token_ids, transfer, seeded=self._seeded)
-            sequence.inner_id = self._vllm.add_request(sequence.request.id, {"prompt_token_ids": tokens}, asked)
+            sequence.inner_id = self._vllm.add_request(sequence.request.id, prompt, asked)
         except (ValueError, VLLMClientError) as error:
             del self._sequences[sequence.request.id]
             raise ValueError(str(error)) from error
@@ -131,24 +139,30 @@ class VllmEngine:
     # --- KV from and to elsewhere -------------------------------------------------------------------------------
 
     def reserve(self, request: Request, headroom_tokens: int = 0) -> Reservation:
-        if headroom_tokens:
-            raise OutOfBlocks("vLLM does not take over a request that decodes elsewhere")
         sequence = self._new_sequence(request, decodes=True)
+        room = min(sequence.room, self.info.context_length - len(sequence.tokens))  # of it the last one needs no KV
+        more = min(headroom_tokens, room - 1)
+        sequence.reserved_tokens = request.kv_tokens + more
         sequence.state = State.RECEIVING
-        if request.kv_tokens == 0:
+        if not sequence.reserved_tokens:
             return Reservation(0, 0)
-        self._add(sequence, {"receive": request.kv_tokens})
-        self._step_aside(sequence.inner_id)
-        load = self._connector.load(sequence.inner_id)
-        assert load is not None
+        load = self._allocate(sequence, more)
         if load.cached:
             end = -(-request.kv_tokens // self._blocks.layout.block_size)
             return Reservation(end, end)
         if not load.blocks:
             self.release(request.id)
             free = self._pool.get_num_free_blocks()
-            raise OutOfBlocks(f"{request.kv_tokens} tokens of KV wanted, {free} blocks free, some of them for growth")
+            raise OutOfBlocks(f"{sequence.reserved_tokens} tokens of KV wanted, {free} blocks free, some for growth")
         return Reservation(load.first_block, len(load.blocks))
+
+    def _allocate(self, sequence: Sequence, unknown: int = 0) -> Load:
+        """Have vLLM find what it has of the KV and allocate blocks for the rest; it has none if they are too few."""
+        self._add(sequence, {"receive": sequence.reserved_tokens}, unknown)
+        self._step_aside(sequence.inner_id)
+        load = self._connector.load(sequence.inner_id)
+        assert load is not None
+        return load
 
     def import_kv(self, request_id: str, first_block: int, kv: Tensor, first_layer: int = 0) -> None:
         load = self._connector.load(self._receiving(request_id).inner_id)
@@ -158,8 +172,12 @@ class VllmEngine:
         self._blocks.put(load.blocks[first_block:end_block], kv, first_layer)
 
     def activate(self, request_id: str, end_block: int | None = None, output: Tokens[int] = ()) -> None:
-        """`output` is always empty: see `reserve`."""
         sequence = self._receiving(request_id)
+        for token in output:
+            if sequence.append(token, self.info.eos_token_ids, self.info.context_length):
+                raise ValueError(f"request {request_id} is over with the tokens it got elsewhere")
+        if output or sequence.moving:
+            self._replace(sequence, len(output))
         sequence.state = State.COMPUTING
         load = self._connector.load(sequence.inner_id)
         if load is None:
@@ -169,12 +187,39 @@ class VllmEngine:
         if load.blocks:
             self._step_aside()
 
+    def _replace(self, sequence: Sequence, new_tokens: int) -> None:
+        """Put the request with all its tokens in the place of the one that had blocks for them. vLLM has no way to
+        tell a request tokens: the one goes, the other gets blocks, of which there are enough then, and a copy."""
+        before = self._connector.load(sequence.inner_id)
+        kv_tokens, size = len(sequence.tokens) - 1, self._blocks.layout.block_size
+        if before is None or kv_tokens > len(before.blocks) * size:
+            raise ValueError(f"{new_tokens} tokens came meanwhile, more than blocks were reserved for")
+        self._drop(sequence)
+        self._step_aside()
+        sequence.reserved_tokens = kv_tokens
+        load = self._allocate(sequence)
+        assert load.blocks or load.cached, "there are as many blocks as it had"
+        missing = slice(load.first_block, len(load.blocks))
+        self._blocks.copy(before.blocks[missing], load.blocks[missing])
+
+    def _drop(self, sequence: Sequence) -> None:
+        """vLLM knows it no more."""
+        self._vllm.abort_request([sequence.inner_id], internal=True)
+        del self._by_inner_id[sequence.inner_id]
+
     def pause(self, request_id: str) -> bool:
-        """Never: see `reserve`."""
-        return False
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.state is not State.COMPUTING or not self._scheduler.pause(sequence.inner_id):
+            return False
+        sequence.state = State.PAUSED
+        sequence.chain.clear()
+        return True
 
     def resume(self, request_id: str) -> None:
-        """Nothing is ever paused."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None and sequence.state is State.PAUSED:
+            self._scheduler.resume(sequence.inner_id)
+            sequence.state = State.COMPUTING
 
     def _receiving(self, request_id: str) -> Sequence:
         sequence = self._sequences[request_id]
@@ -221,6 +266,9 @@ class VllmEngine:
         sequence.chain = chain
         return True
 
+    def limit_prompts(self, tokens: int) -> None:
+        """Disregarded: vLLM's scheduler decides what a step computes."""
+
     def follow(self, request_id: str, output: Tokens[int]) -> None:
         raise ValueError(f"request {request_id}: vLLM drafts for nobody; the draft pool runs the native engine")
 
@@ -247,6 +295,7 @@ class VllmEngine:
         if sequence.state is State.HELD and sequence.inner_id:
             self._connector.end_hold(sequence.inner_id)
         elif sequence.inner_id:
+            self._scheduler.resume(sequence.inner_id)
             self._vllm.abort_request([sequence.inner_id], internal=True)
         self._forget(sequence)
         if sequence.state is not State.COMPUTING:

@@ -21,6 +21,7 @@ class State(StrEnum):
     COMPUTING = "computing"
     HELD = "held"
     RECEIVING = "receiving"
+    PAUSED = "paused"
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +34,7 @@ class Sequence:
     text: TextStream | None = None  # only where stop strings are looked for
     state: State = State.COMPUTING
     inner_id: str = ""
+    reserved_tokens: int = 0  # whose KV there are blocks for, while it is RECEIVING
     sink: LayerSink | None = None  # takes its KV layer by layer
     chain: list[int] = field(default_factory=list)  # the draft that the next step verifies
 
@@ -40,6 +42,11 @@ class Sequence:
     def room(self) -> int:
         """Tokens that may still be decoded, by `max_tokens`."""
         return self.request.sampling.max_tokens - (len(self.tokens) - len(self.request.prompt))
+
+    @property
+    def moving(self) -> bool:
+        """It decodes elsewhere meanwhile: what vLLM has in its place ends with tokens nobody knows yet."""
+        return self.state is State.RECEIVING and self.reserved_tokens > self.request.kv_tokens
 
     def asked(self, eos: frozenset[int], transfer: dict[str, object], *, seeded: bool) -> VllmSampling:
         """What vLLM is to do. What ends an output is told as tokens and a length; stop strings are looked for here.
@@ -75,7 +82,7 @@ class Sequence:
         finish: FinishReason | None = None
         taken = 0
         for token in answer.token_ids:
-            finish = self._append(token, eos, context_length)
+            finish = self.append(token, eos, context_length)
             taken += 1
             if finish is not None:
                 break
@@ -88,7 +95,8 @@ class Sequence:
         logprobs = () if wanted is None else _logprobs(answer, tokens, wanted)
         return SequenceOutput(self.request.id, tokens, logprobs, len(chain), accepted, finish)
 
-    def _append(self, token: int, eos: frozenset[int], context_length: int) -> FinishReason | None:
+    def append(self, token: int, eos: frozenset[int], context_length: int) -> FinishReason | None:
+        """Take one token; what it ends the output with, if it does."""
         self.tokens.append(token)
         sampling = self.request.sampling
         if token in sampling.stop_token_ids or (token in eos and not sampling.ignore_eos):
