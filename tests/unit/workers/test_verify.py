@@ -16,6 +16,7 @@ from tidemill.core.messages import (
     Proceed,
     Refusal,
     Refused,
+    Released,
     Reserve,
     Submit,
     Tokens,
@@ -280,7 +281,7 @@ class TestCancelled:
         bench.send(Cancel("b"))
         bench.drain()
         assert bench.tokens("a") == plain(request_of())
-        assert not bench.events("b")
+        assert bench.events("b") == [Released("b")]
         bench.assert_empty()
 
     def test_in_its_prompt(self) -> None:
