@@ -104,8 +104,8 @@ class WorkerConnection:
         self._sequence: int | None = None  # of the last report of this stream
         self._conversations: dict[str, Conversation] = {}
         # None while there is no stream. Holds a few commands for each active request, whose number is bounded, and
-        # when each was put there.
-        self._commands: asyncio.Queue[tuple[Command, float]] | None = None
+        # when each was put there; None ends it.
+        self._commands: asyncio.Queue[tuple[Command, float] | None] | None = None
         self._task = asyncio.create_task(self._keep_open(), name=f"worker-{member.peer.id}")
 
     @property
@@ -191,9 +191,9 @@ class WorkerConnection:
             finally:
                 watching.cancel()
 
-    async def _outgoing(self, commands: "asyncio.Queue[tuple[Command, float]]") -> AsyncIterator[pb.Command]:
-        while True:
-            command, put_at = await commands.get()
+    async def _outgoing(self, commands: "asyncio.Queue[tuple[Command, float] | None]") -> AsyncIterator[pb.Command]:
+        while (item := await commands.get()) is not None:
+            command, put_at = item
             yield wire.command_to_pb(command)
             if isinstance(command, Cancel):  # gRPC asks for the next when this one has left
                 self._on_cancelled(self._clock.monotonic() - put_at)
@@ -233,6 +233,8 @@ class WorkerConnection:
     def _lose(self, why: str) -> None:
         if self._conversations:
             log.warning("worker %s is lost with %d requests: %s", self.peer.id, len(self._conversations), why)
+        if self._commands is not None:
+            self._commands.put_nowait(None)  # gRPC waits for the next one even when the stream has broken
         self._commands, self.accepting = None, False
         self._fail(list(self._conversations.values()), Failure.STOPPING, f"{self.peer.id} is lost: {why}")
 
