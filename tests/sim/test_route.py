@@ -95,6 +95,7 @@ class FaultyWorker(ScriptedWorker):
 
     def detached(self) -> None:
         self.held.clear()
+        self._missed.clear()  # it would find them before the stream's end, and drop what they began
 
     def _on(self, command: Command) -> Iterable[Event]:
         if isinstance(command, Cancel):
