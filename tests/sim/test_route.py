@@ -94,8 +94,9 @@ class FaultyWorker(ScriptedWorker):
             super().take(command)
 
     def detached(self) -> None:
+        """What came over the stream goes with it, done or not."""
         self.held.clear()
-        self._missed.clear()  # it would find them before the stream's end, and drop what they began
+        self._missed.clear()
 
     def _on(self, command: Command) -> Iterable[Event]:
         if isinstance(command, Cancel):
