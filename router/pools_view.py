@@ -104,8 +104,9 @@ class WorkerConnection:
         self._silent_ticks = 0
         self._sequence: int | None = None  # of the last report of this stream
         self._conversations: dict[str, Conversation] = {}
-        # None while there is no stream. Holds a few commands for each active request, whose number is bounded.
-        self._commands: asyncio.Queue[Command] | None = None
+        # None while there is no stream. Holds a few commands for each active request, whose number is bounded; None
+        # ends it.
+        self._commands: asyncio.Queue[Command | None] | None = None
         self._cancelled: dict[str, float] = {}  # when, until the worker says `Released` or its stream ends
         self._task = asyncio.create_task(self._keep_open(), name=f"worker-{member.peer.id}")
 
@@ -193,9 +194,9 @@ class WorkerConnection:
             finally:
                 watching.cancel()
 
-    async def _outgoing(self, commands: "asyncio.Queue[Command]") -> AsyncIterator[pb.Command]:
-        while True:
-            yield wire.command_to_pb(await commands.get())
+    async def _outgoing(self, commands: "asyncio.Queue[Command | None]") -> AsyncIterator[pb.Command]:
+        while (command := await commands.get()) is not None:
+            yield wire.command_to_pb(command)
 
     def _take(self, report: StepReport) -> None:
         if report.sequence == self._sequence:
@@ -234,6 +235,8 @@ class WorkerConnection:
     def _lose(self, why: str) -> None:
         if self._conversations:
             log.warning("worker %s is lost with %d requests: %s", self.peer.id, len(self._conversations), why)
+        if self._commands is not None:
+            self._commands.put_nowait(None)  # gRPC waits for the next one even when the stream has broken
         self._commands, self.accepting = None, False
         self._cancelled.clear()
         self._fail(list(self._conversations.values()), Failure.STOPPING, f"{self.peer.id} is lost: {why}")
