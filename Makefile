@@ -8,7 +8,7 @@ VLLM := .venv-vllm
 DEPLOY_TOOLS := prometheus chromium chromium-driver fonts-dejavu-core openssh-server openssh-client iproute2 rsync openssl git
 PROTOS := tidemill/proto/inference.proto tidemill/core/control.proto
 
-.PHONY: help env demo test test-vllm test-deploy lint types unit e2e identity identity-vllm switches docs bench protos clean
+.PHONY: help env demo test test-vllm test-deploy lint types unit e2e identity identity-vllm switches faults docs bench protos clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
@@ -64,6 +64,10 @@ identity: env
 # make switches: 60 changes of role in a row under streaming load.
 switches: env
 	$(BIN)/python -m pytest tests/e2e/test_moves.py -k changes_of_role --all-switches --timeout 1200
+
+# make faults: every fault at every stage of a request, struck for real; writes docs/faults.md (some 15 minutes).
+faults: env
+	$(BIN)/python -m tests.support.fault_cells
 
 # make docs: the pages, dashboards and rules that are made from declarations.
 docs: env

@@ -31,7 +31,7 @@ CPU = torch.device("cpu")
 def send_over_link(pipe: Connection, rendezvous: str) -> None:
     """The sending process: bursts as the parent asks for them."""
     torch.set_num_threads(1)
-    end = TorchSendingEnd(rendezvous, pipe.recv(), CPU, 30.0)
+    end = TorchSendingEnd(rendezvous, pipe.recv(), CPU, 30.0, 30.0)
     while (blocks := pipe.recv()) is not None:
         kv = torch.ones(LAYOUT.layers, blocks, 2, LAYOUT.kv_heads, LAYOUT.block_size, LAYOUT.head_dim).bfloat16()
         messages = BURST_BYTES // (kv.numel() * 2)
@@ -63,7 +63,7 @@ def link_speeds(rounds: int) -> dict[int, float]:
             arrival.done()
             arrived.release()
 
-    host = LinkHost("127.0.0.1", LAYOUT, CPU, 30.0, receive)
+    host = LinkHost("127.0.0.1", LAYOUT, CPU, 30.0, 30.0, receive)
     pipe, theirs = multiprocessing.Pipe()
     process = _spawn(send_over_link, theirs, host.rendezvous)
     pipe.send(host.accept(RECEIVER.id, SENDER))

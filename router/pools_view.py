@@ -19,7 +19,7 @@ from tidemill.core import wire
 from tidemill.core.channels import NodeChannels
 from tidemill.core.clock import Clock
 from tidemill.core.control_pb2_grpc import WorkerStub
-from tidemill.core.messages import Cancel, Command, Event, Failed, Failure, Prefill, Prefilled, StepReport
+from tidemill.core.messages import Cancel, Command, Event, Failed, Failure, Prefill, Prefilled, Released, StepReport
 from tidemill.core.model import Member, Peer, PoolSnapshot, Role, WorkerLoad, WorkerSnapshot
 from tidemill.core.settings import DeadlineSettings
 from tidemill.core.telemetry import STALE_AFTER_S
@@ -86,8 +86,9 @@ class WorkerConnection:
         attach: Attach,
         stall_s: float,
     ) -> None:
-        """A worker that says nothing for `stall_s` is lost. `on_cancelled` hears how many seconds it took to tell the
-        worker of a cancellation; `on_draining` that the worker takes no more, while it still has requests.
+        """A worker that says nothing for `stall_s` is lost. `on_cancelled` hears how many seconds it took from a
+        cancellation to the worker's `Released`; `on_draining` that the worker takes no more, while it still has
+        requests.
         """
         self.peer = member.peer
         self.role = member.role
@@ -103,9 +104,10 @@ class WorkerConnection:
         self._silent_ticks = 0
         self._sequence: int | None = None  # of the last report of this stream
         self._conversations: dict[str, Conversation] = {}
-        # None while there is no stream. Holds a few commands for each active request, whose number is bounded, and
-        # when each was put there.
-        self._commands: asyncio.Queue[tuple[Command, float]] | None = None
+        # None while there is no stream. Holds a few commands for each active request, whose number is bounded; None
+        # ends it.
+        self._commands: asyncio.Queue[Command | None] | None = None
+        self._cancelled: dict[str, float] = {}  # when, until the worker says `Released` or its stream ends
         self._task = asyncio.create_task(self._keep_open(), name=f"worker-{member.peer.id}")
 
     @property
@@ -135,12 +137,13 @@ class WorkerConnection:
     def send(self, command: Command) -> None:
         if self._commands is None:
             raise WorkerLost(f"{self.peer.id} is not connected")
-        self._commands.put_nowait((command, self._clock.monotonic()))
+        self._commands.put_nowait(command)
 
     def close_conversation(self, conversation: Conversation, *, cancel: bool) -> None:
         if self._conversations.get(conversation.request_id) is conversation:
             del self._conversations[conversation.request_id]
             if cancel and self._commands is not None:  # a worker whose stream ended has dropped everything itself
+                self._cancelled[conversation.request_id] = self._clock.monotonic()
                 self.send(Cancel(conversation.request_id))
 
     async def close(self) -> None:
@@ -191,12 +194,9 @@ class WorkerConnection:
             finally:
                 watching.cancel()
 
-    async def _outgoing(self, commands: "asyncio.Queue[tuple[Command, float]]") -> AsyncIterator[pb.Command]:
-        while True:
-            command, put_at = await commands.get()
+    async def _outgoing(self, commands: "asyncio.Queue[Command | None]") -> AsyncIterator[pb.Command]:
+        while (command := await commands.get()) is not None:
             yield wire.command_to_pb(command)
-            if isinstance(command, Cancel):  # gRPC asks for the next when this one has left
-                self._on_cancelled(self._clock.monotonic() - put_at)
 
     def _take(self, report: StepReport) -> None:
         if report.sequence == self._sequence:
@@ -208,6 +208,8 @@ class WorkerConnection:
             self._become(report)
         prefilled_tokens = 0
         for event in report.events:
+            if isinstance(event, Released) and event.request_id in self._cancelled:
+                self._on_cancelled(self.heard_at - self._cancelled.pop(event.request_id))
             conversation = self._conversations.get(event.request_id)
             if conversation is not None:
                 if isinstance(event, Prefilled):
@@ -233,7 +235,10 @@ class WorkerConnection:
     def _lose(self, why: str) -> None:
         if self._conversations:
             log.warning("worker %s is lost with %d requests: %s", self.peer.id, len(self._conversations), why)
+        if self._commands is not None:
+            self._commands.put_nowait(None)  # gRPC waits for the next one even when the stream has broken
         self._commands, self.accepting = None, False
+        self._cancelled.clear()
         self._fail(list(self._conversations.values()), Failure.STOPPING, f"{self.peer.id} is lost: {why}")
 
     def _fail(self, conversations: list[Conversation], failure: Failure, detail: str) -> None:

@@ -55,6 +55,7 @@ from tidemill.errors import InvalidRequest, Overloaded, TidemillError, Unavailab
 log = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, MAX_PAUSE_S = 0.02, 0.5
+LINK_REST_S = 10.0  # how long others are preferred to a verify worker that a KV link failed to reach
 # What the prefill worker may be to blame for as well as the verify worker it was sending to.
 HANDOVER_FAILURES = frozenset({Failure.KV_LINK, Failure.LEASE_EXPIRED, TIMEOUT})
 
@@ -93,6 +94,7 @@ class Router:
         self._clock = clock
         self._rng = rng
         self._moves = Moves(settings, pools, counters, clock, rng)
+        self._unlinked: dict[WorkerId, float] = {}  # verify workers that KV did not reach, and until when they rest
 
     async def serve(self, journey: Journey) -> AsyncGenerator[list[Tokens], None]:
         """The steps of a request, each list as soon as it is there. Raises TidemillError."""
@@ -138,7 +140,7 @@ class Router:
         """Waits for a verify worker if there is none at the moment."""
         while True:
             snapshot = self._pools.snapshot()
-            verify = self._choose(snapshot, Role.VERIFY, journey.refused, journey.avoid)
+            verify = self._choose(snapshot, Role.VERIFY, journey.refused, journey.avoid | self._resting())
             if verify is not None:
                 break
             await self._pause(journey, Unavailable("no verify worker can be reached; see `tidemill status`"))
@@ -152,6 +154,12 @@ class Router:
         journey.prefill_worker = str(prefill.peer.id) if prefill else ""
         journey.draft_worker = str(draft.peer.id) if draft else ""
         return Placement(verify, prefill, draft)
+
+    def _resting(self) -> Set[WorkerId]:
+        """Each request that finds out anew that a link is silent loses the stall limit."""
+        now = self._clock.monotonic()
+        self._unlinked = {worker: until for worker, until in self._unlinked.items() if until > now}
+        return self._unlinked.keys()
 
     def _choose(
         self, snapshot: PoolSnapshot, role: Role, avoid: set[WorkerId], last_resort: Set[WorkerId] = frozenset()
@@ -204,6 +212,8 @@ class Router:
             raise failure
         self._metrics.add(metrics.RETRIES, failure=failure.failure)
         log.warning("request %s goes on without its prefill worker: %s", journey.request.id, failure)
+        if failure.failure == Failure.KV_LINK:
+            self._unlinked[placement.verify.peer.id] = self._clock.monotonic() + LINK_REST_S
         journey.avoid.add(failure.worker)
         journey.kv_from, journey.kv_lost = None, True
         attempt.leave(placement.prefill, cancel=True)

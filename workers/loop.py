@@ -29,6 +29,7 @@ from tidemill.core.messages import (
     Proceed,
     Refusal,
     Refused,
+    Released,
     Reserve,
     Resume,
     StepReport,
@@ -222,8 +223,11 @@ class EngineLoop:
             case Reserve(request) | Submit(request) | Prefill(request):
                 self._take_new(router, command, request)
             case Cancel(request_id):
-                if self._reports.owner(request_id) == router:
+                owner = self._reports.owner(request_id)
+                if owner == router:
                     self._role.cancel(request_id)
+                if owner in {router, None}:
+                    self._reports.tell(router, Released(request_id))
             case Proceed(request_id) | Migrate(request_id) | Resume(request_id):
                 if self._reports.owner(request_id) == router:
                     self._take(command, request_id)

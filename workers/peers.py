@@ -69,7 +69,7 @@ class DraftClient:
 
 def link_opener(me: Peer, host: str, layout: KvLayout, channels: NodeChannels, settings: Settings) -> Opener:
     """Opens links from this worker, whose own address is `host`; used on the links' threads."""
-    timeout_s, device = settings.deadlines.link_s, torch.device(settings.engine.device)
+    limits, device = settings.deadlines, torch.device(settings.engine.device)
 
     def open_link(to: Peer) -> SendingEnd:
         request = pb.OpenLinkRequest(
@@ -77,9 +77,9 @@ def link_opener(me: Peer, host: str, layout: KvLayout, channels: NodeChannels, s
         )
         try:
             with channels.open_blocking(to.address) as channel:
-                reply = WorkerStub(channel).OpenLink(request, timeout=timeout_s)
+                reply = WorkerStub(channel).OpenLink(request, timeout=limits.link_s)
         except grpc.RpcError as error:
             raise LinkError(f"{to.id} takes no link: {error.code().name}: {error.details()}") from error
-        return TorchSendingEnd(reply.rendezvous, reply.group, device, timeout_s, host)
+        return TorchSendingEnd(reply.rendezvous, reply.group, device, limits.link_s, limits.stall_s, host)
 
     return open_link

@@ -203,8 +203,8 @@ class Worker:
         if role is Role.PREFILL:
             return PrefillRole(engine, outbox, self._settings, self.metrics, feed, deliver)
         if self._links is None:
-            device, timeout_s = torch.device(self._settings.engine.device), self._settings.deadlines.link_s
-            self._links = LinkHost(self._host, engine.info.kv, device, timeout_s, self._kv_came)
+            device, limits = torch.device(self._settings.engine.device), self._settings.deadlines
+            self._links = LinkHost(self._host, engine.info.kv, device, limits.link_s, limits.stall_s, self._kv_came)
         drafters = DrafterPool(self._settings.speculation.wait_s, self._service.connect_drafter)
         return VerifyRole(engine, outbox, self._settings, self.metrics, peer, drafters, self._step_times, feed, deliver)
 

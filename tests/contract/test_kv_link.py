@@ -52,10 +52,10 @@ class Net:
         return self.heard
 
 
-def gloo_net(timeout_s: float = 5.0) -> tuple[Net, LinkHost]:
+def gloo_net(timeout_s: float = 5.0, stall_s: float = 5.0) -> tuple[Net, LinkHost]:
     net = Net(lambda _: pytest.fail("replaced below"), lambda: None)
-    host = LinkHost("127.0.0.1", LAYOUT, CPU, timeout_s, net.receive)
-    net.opener = lambda to: TorchSendingEnd(host.rendezvous, host.accept(to.id, SENDER), CPU, timeout_s)
+    host = LinkHost("127.0.0.1", LAYOUT, CPU, timeout_s, stall_s, net.receive)
+    net.opener = lambda to: TorchSendingEnd(host.rendezvous, host.accept(to.id, SENDER), CPU, timeout_s, stall_s)
     net.leave = host.close
     return net, host
 
@@ -226,7 +226,7 @@ import os, signal, sys, torch
 from workers.kv.link import KvMessage
 from workers.kv.torch_dist import HEADER_TAG, VERSION, TorchSendingEnd
 print("ready", flush=True)
-end = TorchSendingEnd(sys.argv[1], sys.stdin.readline().strip(), torch.device("cpu"), 30.0)
+end = TorchSendingEnd(sys.argv[1], sys.stdin.readline().strip(), torch.device("cpu"), 30.0, 30.0)
 end.send(KvMessage(1, "r", 0, torch.ones(2, 1, 2, 2, 16, 16)))
 print("sent", flush=True)
 if sys.argv[2] == "for ever":
@@ -279,8 +279,8 @@ def test_a_sender_killed_in_the_middle_of_a_message() -> None:
     wait_for(lambda: not host.open_links)
 
 
-def test_a_sender_stopped_in_the_middle_of_a_message_costs_the_deadline() -> None:
-    net, host = gloo_net(timeout_s=4.0)
+def test_a_sender_stopped_in_the_middle_of_a_message_costs_the_stall_limit() -> None:
+    net, host = gloo_net(timeout_s=60.0, stall_s=4.0)
     process = sending_process(host, 1, "half")
     try:
         started = time.monotonic()
@@ -292,8 +292,8 @@ def test_a_sender_stopped_in_the_middle_of_a_message_costs_the_deadline() -> Non
         process.communicate()
 
 
-def test_a_receiver_that_reads_no_more_costs_the_deadline() -> None:
-    net, host = gloo_net(timeout_s=1.0)
+def test_a_receiver_that_reads_no_more_costs_the_stall_limit() -> None:
+    net, host = gloo_net(timeout_s=60.0, stall_s=1.0)
     net.keep = True  # its buffers are never given back
     end = net.opener(RECEIVER)
     for number in range(BUFFERS):
@@ -309,7 +309,7 @@ def test_a_receiver_that_reads_no_more_costs_the_deadline() -> None:
 
 
 def test_a_send_under_way_can_be_cut() -> None:
-    net, host = gloo_net(timeout_s=30.0)
+    net, host = gloo_net(stall_s=30.0)
     net.keep = True
     feed = Feed(net)
     for number in range(BUFFERS + 3):
@@ -327,7 +327,7 @@ def test_a_receiver_that_never_joins_costs_the_deadline_and_no_more() -> None:
     _, host = gloo_net(timeout_s=1.0)
     started = time.monotonic()
     with pytest.raises(LinkError):
-        TorchSendingEnd(host.rendezvous, "nobody>nobody#1", CPU, 1.0)
+        TorchSendingEnd(host.rendezvous, "nobody>nobody#1", CPU, 1.0, 1.0)
     assert time.monotonic() - started < 10
 
 

@@ -1,23 +1,19 @@
 """Clients that know two routers: what came before one was lost is not asked for again, and the rest is the same."""
 
 import asyncio
-import json
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from pathlib import Path
 
 import pytest
 
 from router.server import RouterServer
+from tests.support.local import RouterProcess
 from tests.support.scripted_worker import ScriptedWorker, expected_tokens, obliging_verify, router_settings, step, whole
 from tests.support.stage import silent, started
 from tidemill import AsyncClient, Client, InvalidRequest, TokenLogprobs, Unavailable
 from tidemill.core.messages import Command, Event, Submit
-from tidemill.core.model import Member, Role
-from tidemill.core.settings import Settings
+from tidemill.core.model import Role
 from tidemill.proto import inference_pb2 as pb
 
 
@@ -27,29 +23,6 @@ async def worker() -> AsyncIterator[ScriptedWorker]:
     await worker.start()
     yield worker
     await worker.stop()
-
-
-class RouterProcess:
-    """Can be killed and stopped."""
-
-    def __init__(self, settings: Settings, members: Iterable[Member]) -> None:
-        known = [(each.peer.id.name, each.peer.address, str(each.role)) for each in members]
-        arguments = [settings.model_dump_json(), json.dumps(known)]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.router_process", *arguments],
-            stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2],
-        )  # fmt: skip
-
-    async def address(self) -> str:
-        assert self._process.stdout is not None
-        return (await asyncio.to_thread(self._process.stdout.readline)).strip()
-
-    def signal(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.communicate()
 
 
 def begins(count: int) -> Callable[[Command], Iterable[Event]]:

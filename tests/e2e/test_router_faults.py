@@ -19,7 +19,7 @@ from tests.support.scripted_worker import (
 from tests.support.stage import LONG, SHORT, Stage, silent, stage, verify
 from tidemill import AsyncClient, DeadlineExceeded, Unavailable
 from tidemill.core import metrics
-from tidemill.core.messages import Cancel, Command, Event, Failed, Failure, Prefill, Prefilled, Reserve, Submit
+from tidemill.core.messages import Cancel, Command, Event, Failed, Failure, Prefill, Prefilled, Proceed, Reserve, Submit
 from tidemill.core.model import Request, Role, WorkerLoad
 from tidemill.core.settings import EmulatedSettings, LatencySettings
 from tidemill.types import TokenLogprobs
@@ -144,6 +144,21 @@ async def test_a_failure_before_the_first_token_starts_over_elsewhere(when: str)
             assert done.summary.route.prefill_worker == ""
 
 
+async def test_a_verify_worker_that_kv_does_not_reach_is_not_preferred_for_a_while() -> None:
+    one, other = verify("verify-0"), verify("verify-1")
+    other.load = WorkerLoad(kv_blocks_total=100, running_requests=9)  # `one` is asked first
+    prefill = ScriptedWorker("prefill-0", Role.PREFILL, silent)
+    async with stage(router_settings(), one, other, prefill) as it:
+        assert (await it.client.generate(SHORT, max_tokens=3)).summary.route.verify_worker == str(one.id)
+        task = asyncio.create_task(it.client.generate(LONG, max_tokens=3))
+        request = (await prefill.heard(Prefill)).request
+        prefill.say(Failed(request.id, Failure.KV_LINK, "scripted"))
+        await one.heard(Proceed)
+        one.say(*whole(request))
+        assert (await task).tokens == expected_tokens(request, 3), "it stays where its lease is"
+        assert (await it.client.generate(SHORT, max_tokens=3)).summary.route.verify_worker == str(other.id)
+
+
 async def test_the_only_verify_worker_gets_another_chance() -> None:
     worker = verify(on=silent)
     async with stage(router_settings(), worker) as it:
@@ -243,8 +258,7 @@ async def test_whoever_leaves_is_released_everywhere_at_once(state: str, how: st
             await holder
         outcome = "cancelled" if how == "cancelled" else "deadline_exceeded"
         await it.until(lambda: it.count(metrics.REQUESTS, outcome=outcome) == 1)
-        if holding:
-            assert it.count(metrics.CANCEL_TO_RELEASE) >= 1
+        await it.until(lambda: it.count(metrics.CANCEL_TO_RELEASE) == len(holding))
         worker.on, prefill.on = obliging_verify(worker), obliging_prefill(worker)
         assert (await it.client.generate(SHORT, max_tokens=2)).summary.output_tokens == 2  # serves on
 

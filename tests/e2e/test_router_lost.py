@@ -5,8 +5,7 @@ import time
 
 import pytest
 
-from tests.e2e.test_client_failover import RouterProcess
-from tests.support.local import local_cluster, settings_for
+from tests.support.local import RouterProcess, local_cluster, settings_for
 from tidemill import AsyncClient, Unavailable
 from tidemill.core.model import Role
 from tidemill.core.settings import EmulatedSettings, LatencySettings

@@ -20,6 +20,7 @@ from tidemill.core.messages import (
     LeaseGranted,
     Prefill,
     Prefilled,
+    Released,
     Reserve,
     Submit,
     Tokens,
@@ -141,7 +142,7 @@ class TestReleased:
         for stream in (trio.to_prefill, trio.to_verify):
             stream.send(Cancel("r"))
         await trio.released()
-        assert trio.to_prefill.heard["r"].empty(), "a cancel is not answered"
+        assert await trio.to_prefill.event("r") == Released("r")
         # The link is still good.
         assert (await trio.hand_over(request_of("next", 70))).tokens == plain(request_of("next", 70))["next"]
 

@@ -35,7 +35,9 @@ def plain(settings: Settings, request: Request) -> tuple[int, ...]:
 @pytest.fixture
 def settings() -> Settings:
     """Chunks of a block, so that a prompt takes many messages."""
-    return settings_for("emulated", deadlines={"link_s": LINK_S}, max_batch_tokens=16, prefix_cache=False)
+    return settings_for(
+        "emulated", deadlines={"link_s": LINK_S, "stall_s": LINK_S}, max_batch_tokens=16, prefix_cache=False
+    )
 
 
 @pytest.fixture

@@ -94,7 +94,9 @@ class FaultyWorker(ScriptedWorker):
             super().take(command)
 
     def detached(self) -> None:
+        """What came over the stream goes with it, done or not."""
         self.held.clear()
+        self._missed.clear()
 
     def _on(self, command: Command) -> Iterable[Event]:
         if isinstance(command, Cancel):

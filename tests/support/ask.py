@@ -21,7 +21,7 @@ def main() -> None:
             prompts[number], max_tokens=int(max_tokens), temperature=0.8, seed=number, ignore_eos=True
         ):
             tokens += chunk.tokens
-            if len(tokens) > 10 and number == 0 and not started.exists():
+            if len(tokens) > 10 and not started.exists():
                 started.touch()
         assert chunk.summary is not None
         route = chunk.summary.route

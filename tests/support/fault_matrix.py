@@ -10,6 +10,7 @@ class Target(StrEnum):
     DRAFT = "draft"
     VERIFY = "verify"
     LINK = "KV link"
+    ROUTER = "router"
 
 
 class Fault(StrEnum):

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -154,6 +154,29 @@ class ProcessWorker:
     def end(self) -> None:
         """Closing its standard input ends it; a killed or stopped one is reaped all the same."""
         self._process.send_signal(signal.SIGKILL)
+        self._process.communicate()
+
+
+class RouterProcess:
+    """A router in a process of its own, which can be killed and stopped."""
+
+    def __init__(self, settings: Settings, members: Iterable[Member]) -> None:
+        known = [(each.peer.id.name, each.peer.address, str(each.role)) for each in members]
+        arguments = [settings.model_dump_json(), json.dumps(known)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.router_process", *arguments],
+            stdout=subprocess.PIPE, text=True, cwd=MODELS.parent,
+        )  # fmt: skip
+
+    async def address(self) -> str:
+        assert self._process.stdout is not None
+        return (await asyncio.to_thread(self._process.stdout.readline)).strip()
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    def end(self) -> None:
+        self._process.kill()
         self._process.communicate()
 
 

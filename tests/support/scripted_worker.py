@@ -27,6 +27,7 @@ from tidemill.core.messages import (
     Prefilled,
     Refusal,
     Refused,
+    Released,
     Reserve,
     StepReport,
     Submit,
@@ -144,6 +145,8 @@ class ScriptedWorker(WorkerServicer):
     def take(self, command: Command) -> None:
         """Answer a command as `on` says, unless silent."""
         events = tuple(self.on(command)) if self.on and not self.silent else ()
+        if isinstance(command, Cancel) and not self.silent:
+            events += (Released(command.request_id),)
         if events:
             self.say(*events)
 

@@ -13,20 +13,23 @@ from torch import Tensor
 
 from tidemill.core.model import Role
 from tidemill.core.settings import Settings
+from workers.kv.link import LinkError
 from workers.kv.pair import Pair
 from workers.worker import Worker
 
 
 class TroubledPair(Pair):
-    """What it receives comes late."""
+    """What it receives comes late, or not at all: then it times out as it would have."""
 
     delay_s = 0.0
     healed = threading.Event()
 
-    def receive(self, tensor: Tensor, tag: int, timeout_s: float | None = None) -> None:
+    def receive(self, tensor: Tensor, tag: int, timeout_s: float) -> None:
         super().receive(tensor, tag, timeout_s)
         if TroubledPair.delay_s:
-            TroubledPair.healed.wait(TroubledPair.delay_s)
+            TroubledPair.healed.wait(min(TroubledPair.delay_s, timeout_s))
+        if TroubledPair.delay_s > timeout_s:
+            raise LinkError(f"nothing came within {timeout_s} s")
 
 
 def obey(worker: Worker, line: str) -> None:

@@ -134,6 +134,7 @@ events = st.one_of(
     st.builds(messages.Refused, names, st.sampled_from(messages.Refusal)),
     st.builds(messages.Prefilled, names, st.floats(0, 9), st.floats(0, 9)),
     st.builds(messages.Failed, names, st.sampled_from(messages.Failure), names),
+    st.builds(messages.Released, names),
     st.builds(messages.Paused, names, st.integers(0, 2**60)),
     st.builds(messages.Staying, names, st.integers(0, 2**60), st.sampled_from(messages.Stay)),
     st.builds(

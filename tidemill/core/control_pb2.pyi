@@ -671,6 +671,25 @@ class Staying(_message.Message):
 Global___Staying: _TypeAlias = Staying  # noqa: Y015
 
 @_typing.final
+class Released(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Released: _TypeAlias = Released  # noqa: Y015
+
+@_typing.final
 class Event(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -681,6 +700,7 @@ class Event(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     PAUSED_FIELD_NUMBER: _builtins.int
     STAYING_FIELD_NUMBER: _builtins.int
+    RELEASED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def lease_granted(self) -> Global___LeaseGranted: ...
     @_builtins.property
@@ -695,6 +715,8 @@ class Event(_message.Message):
     def paused(self) -> Global___Paused: ...
     @_builtins.property
     def staying(self) -> Global___Staying: ...
+    @_builtins.property
+    def released(self) -> Global___Released: ...
     def __init__(
         self,
         *,
@@ -705,12 +727,13 @@ class Event(_message.Message):
         failed: Global___Failed | None = ...,
         paused: Global___Paused | None = ...,
         staying: Global___Staying | None = ...,
+        released: Global___Released | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "kind", b"kind", "lease_granted", b"lease_granted", "paused", b"paused", "prefilled", b"prefilled", "refused", b"refused", "staying", b"staying", "tokens", b"tokens"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "kind", b"kind", "lease_granted", b"lease_granted", "paused", b"paused", "prefilled", b"prefilled", "refused", b"refused", "released", b"released", "staying", b"staying", "tokens", b"tokens"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "kind", b"kind", "lease_granted", b"lease_granted", "paused", b"paused", "prefilled", b"prefilled", "refused", b"refused", "staying", b"staying", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "kind", b"kind", "lease_granted", b"lease_granted", "paused", b"paused", "prefilled", b"prefilled", "refused", b"refused", "released", b"released", "staying", b"staying", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["lease_granted", "refused", "prefilled", "tokens", "failed", "paused", "staying"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["lease_granted", "refused", "prefilled", "tokens", "failed", "paused", "staying", "released"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

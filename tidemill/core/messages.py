@@ -94,7 +94,7 @@ class Prefill:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Drop everything held for a request, at whatever stage. Never answered; harmless if unknown."""
+    """Drop everything held for a request, at whatever stage; harmless if unknown. Answer: `Released`."""
 
     request_id: str
 
@@ -209,7 +209,14 @@ class Staying:
     reason: Stay
 
 
-Event = LeaseGranted | Refused | Prefilled | Tokens | Failed | Paused | Staying
+@dataclass(frozen=True, slots=True)
+class Released:
+    """Answer to `Cancel`: the worker holds no block and no lease for the request."""
+
+    request_id: str
+
+
+Event = LeaseGranted | Refused | Prefilled | Tokens | Failed | Paused | Staying | Released
 
 
 @dataclass(frozen=True, slots=True)

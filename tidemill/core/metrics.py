@@ -144,9 +144,11 @@ MIGRATION_PAUSE = _latency(
     "migration_pause", "Time a request that moved got no token: from its pause to its first token elsewhere.",
     "Steps of the verify workers are long, or the router is busy.",
 )  # fmt: skip
-CANCEL_TO_RELEASE = _latency(
-    "cancel_to_release", "From a client's leaving to all its workers having been told.",
-    "The router's event loop is too busy.",
+CANCEL_TO_RELEASE = Series(
+    "tidemill_cancel_to_release_seconds", Kind.HISTOGRAM,
+    "From the router's dropping a request to the word of a worker that its blocks are free; one for each worker.",
+    "A worker ends its step first: steps are long. Or the router's event loop is too busy.",
+    (), (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0),
 )  # fmt: skip
 
 # --- worker -----------------------------------------------------------------------------------------------------

@@ -240,9 +240,9 @@ class DeadlineSettings(Section):
     """Between tokens of a running request."""
     stall_s: Seconds = 3.0
     """Silence after which a worker counts as stopped: its requests go on elsewhere. A live one is never silent for more
-    than a second, however long its step takes."""
+    than a second, however long its step takes. A KV message that takes so long breaks its link."""
     link_s: Seconds = 10.0
-    """Opening a KV link, and one message on it."""
+    """Opening a KV link."""
     lease_s: Seconds = 90.0
     """Life of a KV lease; longer than prefill and transfer together."""
     move_s: Seconds = 10.0

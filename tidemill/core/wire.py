@@ -24,6 +24,7 @@ from tidemill.core.messages import (
     Proceed,
     Refusal,
     Refused,
+    Released,
     Reserve,
     Resume,
     Stay,
@@ -224,6 +225,8 @@ def event_to_pb(event: Event) -> pb.Event:  # noqa: PLR0911 - one for each kind
             return pb.Event(paused=pb.Paused(request_id=request_id, lease_id=lease_id))
         case Staying(request_id, lease_id, reason):
             return pb.Event(staying=pb.Staying(request_id=request_id, lease_id=lease_id, reason=reason))
+        case Released(request_id):
+            return pb.Event(released=pb.Released(request_id=request_id))
 
 
 def event_from_pb(message: pb.Event) -> Event:  # noqa: PLR0911 - one for each kind
@@ -243,6 +246,8 @@ def event_from_pb(message: pb.Event) -> Event:  # noqa: PLR0911 - one for each k
             return Paused(message.paused.request_id, message.paused.lease_id)
         case "staying":
             return Staying(message.staying.request_id, message.staying.lease_id, Stay(message.staying.reason))
+        case "released":
+            return Released(message.released.request_id)
         case kind:
             raise ValueError(f"unknown event {kind!r}: router and worker are of different releases")
 

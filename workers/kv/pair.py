@@ -30,14 +30,13 @@ class Pair:
         `host` is this member's own address, where the other one connects.
         """
         self._peer = 1 - rank
-        self._timeout = timedelta(seconds=timeout_s)
         self._lock = threading.Lock()
         self._waiting = False
         try:
             store = PrefixStore(f"{name}/", store)
             self.device = _meeting_device(store, rank, device)
             make = _nccl if self.is_nccl else _gloo
-            self._group: Any = make(store, rank, host, self._timeout)
+            self._group: Any = make(store, rank, host, timedelta(seconds=timeout_s))
         except Exception as error:  # the store and the group raise types of their own
             raise LinkError(f"group {name} could not be formed: {reason(error)}") from error
 
@@ -45,23 +44,22 @@ class Pair:
     def is_nccl(self) -> bool:
         return self.device.type == "cuda"
 
-    def send(self, tensor: Tensor, tag: int) -> None:
+    def send(self, tensor: Tensor, tag: int, timeout_s: float) -> None:
         """`tensor` lies on `device`. Raises LinkError."""
-        self._wait("send", tensor, tag, self._timeout)
+        self._wait("send", tensor, tag, timeout_s)
 
-    def receive(self, tensor: Tensor, tag: int, timeout_s: float | None = None) -> None:
+    def receive(self, tensor: Tensor, tag: int, timeout_s: float) -> None:
         """Fills `tensor`, which lies on `device`. Raises LinkError."""
-        timeout = self._timeout if timeout_s is None else timedelta(seconds=timeout_s)
-        self._wait("recv", tensor, tag, timeout)
+        self._wait("recv", tensor, tag, timeout_s)
 
-    def _wait(self, operation: str, tensor: Tensor, tag: int, timeout: timedelta) -> None:
+    def _wait(self, operation: str, tensor: Tensor, tag: int, timeout_s: float) -> None:
         with self._lock:
             group = self._group
             if group is None:
                 raise LinkError("the link is closed")
             self._waiting = True
         try:
-            getattr(group, operation)([tensor], self._peer, tag).wait(timeout)
+            getattr(group, operation)([tensor], self._peer, tag).wait(timedelta(seconds=timeout_s))
         except Exception as error:
             raise LinkError(reason(error)) from error
         finally:

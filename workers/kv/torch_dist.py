@@ -39,12 +39,17 @@ MAX_BLOCKS, MAX_TOKENS = 1 << 20, 1 << 24  # of one message; a header that says 
 class LinkHost:
     """The receiving side of a worker: the store where senders meet it, and a thread for each open link."""
 
-    def __init__(self, host: str, layout: KvLayout, device: torch.device, timeout_s: float, receiver: Receiver) -> None:
-        """`receiver` is called on the links' threads and may not block. Raises OSError if no port can be had."""
+    def __init__(
+        self, host: str, layout: KvLayout, device: torch.device, timeout_s: float, stall_s: float, receiver: Receiver
+    ) -> None:
+        """`timeout_s`: opening a link; `stall_s`: the rest of a message that has begun. `receiver` is called on the
+        links' threads and may not block. Raises OSError if no port can be had.
+        """
         self.host = host
         self.layout = layout
         self.device = device
         self.timeout_s = timeout_s
+        self.stall_s = stall_s
         self.receiver = receiver
         self._serial = itertools.count(1)
         self._lock = threading.Lock()
@@ -164,18 +169,17 @@ class _Incoming:
                 self._staging.give_back(staged)
 
         started = time.perf_counter()
-        pair.receive(buffer[:nbytes], PAYLOAD_TAG)
+        pair.receive(buffer[:nbytes], PAYLOAD_TAG, self._host.stall_s)
         output = None if tokens == NO_TOKENS else self._receive_tokens(pair, words[FIELDS:], tokens)
         seconds = time.perf_counter() - started
         kv = buffer[:nbytes].view(dtype).view(shape)
         return Arrival(self.name, str(self.sender), lease_id, first_block, kv, first_layer, output, seconds, done=done)
 
-    @staticmethod
-    def _receive_tokens(pair: Pair, inline: list[int], count: int) -> tuple[int, ...]:
+    def _receive_tokens(self, pair: Pair, inline: list[int], count: int) -> tuple[int, ...]:
         if count <= INLINE_TOKENS:
             return tuple(inline[:count])
         rest = torch.zeros(count - INLINE_TOKENS, dtype=torch.int64, device=pair.device)
-        pair.receive(rest, TOKENS_TAG)
+        pair.receive(rest, TOKENS_TAG, self._host.stall_s)
         return (*inline, *rest.tolist())
 
 
@@ -183,15 +187,24 @@ class TorchSendingEnd:
     """See SendingEnd."""
 
     def __init__(
-        self, rendezvous: str, name: str, device: torch.device, timeout_s: float, host: str = "127.0.0.1"
+        self,
+        rendezvous: str,
+        name: str,
+        device: torch.device,
+        timeout_s: float,
+        stall_s: float,
+        host: str = "127.0.0.1",
     ) -> None:
-        """Joins the group; raises LinkError if the receiver does not within `timeout_s`. `host`: the sender's own."""
+        """Joins the group; raises LinkError if the receiver does not within `timeout_s`. A message that has not left
+        within `stall_s` breaks the link. `host`: the sender's own.
+        """
         store_host, _, port = rendezvous.rpartition(":")
         try:
             store = TCPStore(store_host, int(port), None, False, _seconds(timeout_s), wait_for_workers=False)
         except Exception as error:  # torch raises types of its own
             raise LinkError(f"no store answers at {rendezvous}: {reason(error)}") from error
         self._pair = Pair(store, name, SENDER, device, host, timeout_s)
+        self._stall_s = stall_s
 
     def send(self, message: KvMessage) -> None:
         device = self._pair.device
@@ -201,10 +214,10 @@ class TorchSendingEnd:
         fields = [message.lease_id, message.first_block, blocks, message.first_layer, layers, tokens, VERSION]
         inline, rest = output[:INLINE_TOKENS], output[INLINE_TOKENS:]
         words = [*fields, *inline, *(0 for _ in range(INLINE_TOKENS - len(inline)))]
-        self._pair.send(torch.tensor(words, device=device), HEADER_TAG)
-        self._pair.send(_as_bytes(message.kv.to(device)), PAYLOAD_TAG)
+        self._pair.send(torch.tensor(words, device=device), HEADER_TAG, self._stall_s)
+        self._pair.send(_as_bytes(message.kv.to(device)), PAYLOAD_TAG, self._stall_s)
         if rest:
-            self._pair.send(torch.tensor(rest, device=device), TOKENS_TAG)
+            self._pair.send(torch.tensor(rest, device=device), TOKENS_TAG, self._stall_s)
 
     def close(self) -> None:
         self._pair.close()

@@ -16,6 +16,7 @@ from tidemill.core.messages import (
     Failure,
     Refusal,
     Refused,
+    Released,
     Submit,
 )
 from tidemill.core.model import Request, Role
@@ -227,6 +228,6 @@ class TestDraftRole:
         bench.send(Submit(request_of()))
         bench.send(Cancel("r"))
         bench.turn()
-        assert bench.events("r") == [Refused("r", Refusal.WRONG_ROLE)]
+        assert bench.events("r") == [Refused("r", Refusal.WRONG_ROLE), Released("r")]
         bench.loop.role.give_up(Failure.STOPPING, "")
         bench.assert_empty()

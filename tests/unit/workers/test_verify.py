@@ -16,6 +16,7 @@ from tidemill.core.messages import (
     Proceed,
     Refusal,
     Refused,
+    Released,
     Reserve,
     Submit,
     Tokens,
@@ -280,7 +281,7 @@ class TestCancelled:
         bench.send(Cancel("b"))
         bench.drain()
         assert bench.tokens("a") == plain(request_of())
-        assert not bench.events("b")
+        assert bench.events("b") == [Released("b")]
         bench.assert_empty()
 
     def test_in_its_prompt(self) -> None:
@@ -290,7 +291,7 @@ class TestCancelled:
         assert bench.engine.load().kv_blocks_used > 0
         bench.send(Cancel("r"))
         bench.assert_empty()
-        assert not bench.events("r")
+        assert bench.events("r") == [Released("r")]
 
     def test_while_decoding(self, bench: Bench) -> None:
         bench.send(Submit(request_of()))
