@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cluster.bench.command import bench
@@ -116,17 +117,23 @@ def status(
             highlight=False,
         )
     out.print(table)
-    controller = described["controller"]
-    mode = "rebalances" if controller["rebalance"] else "leaves roles as they are"
-    out.print(f"controller {mode}  metrics {controller['metrics_address']}", highlight=False)
-    for each in [decision for decision in controller["decisions"] if decision["changes"]][:SHOWN_DECISIONS]:
-        when = datetime.fromtimestamp(each["at"]).strftime("%H:%M:%S")
-        out.print(f"  {when} {each['reason']}: {', '.join(each['changes'])}", highlight=False)
+    if described["controller"] is not None:
+        _print_controller(described["controller"])
+    for silent, cause in described["silent"].items():
+        out.print(f"[red]{silent} does not answer[/]: {escape(cause)}", highlight=False)
     for each in described["routers"]:
         if each["page_address"]:
             out.print(f"status page {each['page_address']}", highlight=False)
     if described["logs"]:
         out.print(f"logs: {described['logs']}", highlight=False)
+
+
+def _print_controller(controller: dict[str, Any]) -> None:
+    mode = "rebalances" if controller["rebalance"] else "leaves roles as they are"
+    out.print(f"controller {mode}  metrics {controller['metrics_address']}", highlight=False)
+    for each in [decision for decision in controller["decisions"] if decision["changes"]][:SHOWN_DECISIONS]:
+        when = datetime.fromtimestamp(each["at"]).strftime("%H:%M:%S")
+        out.print(f"  {when} {each['reason']}: {', '.join(each['changes'])}", highlight=False)
 
 
 def _busiest(pictures: dict[str, Any]) -> Any:

@@ -23,13 +23,14 @@ from ray.exceptions import RayError
 
 from cluster.discovery import Targets
 from cluster.policy.levelling import LevellingConfig, level
-from cluster.policy.scaling import Plan, Staff, plan
+from cluster.policy.scaling import UNKNOWN, Plan, Staff, plan
 from cluster.pools import (
     CONTROLLER,
     Pools,
     WorkerReport,
     describe_workers,
     find,
+    first_role,
     here,
     worker_names,
 )
@@ -94,6 +95,7 @@ class ControllerActor:
         context = NodeChannels(settings.network.tls).metrics_context
         server = MetricsServer(self._metrics.text, where.host, where.controller_port, context)
         self._metrics_address = f"{where.host}:{server.port}"
+        self._scaling = threading.Lock()  # one at a time: each counts what the one before it started
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
         self._thread.start()
@@ -142,7 +144,9 @@ class ControllerActor:
         self._routers.ask("set_members", members)
 
     def _steer(self, picture: RouterTelemetry) -> None:
-        for change in self._steering.decide(picture, time.monotonic(), time.time()):
+        said = {name: report.becoming for name, report in self._reports.items() if report is not None}
+        becoming = {name: role for name, role in said.items() if role is not None}
+        for change in self._steering.decide(picture, time.monotonic(), time.time(), becoming):
             self._switching[change.worker] = find(change.worker).set_role.remote(str(change.to))
         self._routers.ask("set_decisions", tuple(self._steering.recent)[-SHOWN_DECISIONS:])
 
@@ -194,12 +198,11 @@ class ControllerActor:
 
     def scale(self, wanted: Mapping[str, int]) -> Decision[Plan]:
         """Start workers, and tell others to drain and go; returns at once, with who does what."""
-        reports = describe_workers(worker_names())
-        workers = [
-            Staff(name, report.role, report.residual, report.leaving)
-            for name, report in sorted(reports.items())
-            if report is not None
-        ]
+        with self._scaling:
+            return self._scale(wanted)
+
+    def _scale(self, wanted: Mapping[str, int]) -> Decision[Plan]:
+        workers = [staff_of(name, report) for name, report in sorted(describe_workers(worker_names()).items())]
         decision = plan(workers, {Role(role): count for role, count in wanted.items()})
         chosen = decision.choice
         log.info("scale %s: %s, start %s, leave %s", dict(wanted), decision.reason, chosen.start, chosen.leave)
@@ -210,6 +213,13 @@ class ControllerActor:
         for name in chosen.leave:
             find(name).retire.remote()
         return decision
+
+
+def staff_of(name: str, report: WorkerReport | None) -> Staff:
+    """Who says nothing is being started, or restarted, in its first role, and then has to be counted too."""
+    if report is None:
+        return Staff(name, first_role(name), UNKNOWN)
+    return Staff(name, report.becoming or report.role, report.residual, report.leaving)
 
 
 def _error_of(reference: Any) -> str | None:

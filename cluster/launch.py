@@ -8,7 +8,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from tidemill.core.settings import Settings
 
 SWITCH_TIMEOUT_S = 120.0
 NODES_PERIOD_S = 2.0
-ANSWER_S = 10.0
+ANSWER_S = 5.0  # of all that are asked at once
+PLAN_S = 10.0
 ROUTER_KEYS = ("address", "metrics_address", "page_address", "active", "queued", "pid")
 STOP_TIMEOUT_S = 30.0  # a drain, and what comes after it
 Say = Callable[[str], None]
@@ -233,45 +234,59 @@ def _wait_until_serving(router: Any, workers: int, timeout_s: float) -> None:
 
 
 def status(state: ClusterState) -> dict[str, Any]:
-    """The router's view and the workers' own words. Raises LaunchError."""
+    """The router's view and everybody's own words; whoever does not answer is named. Raises LaunchError."""
     connect(state)
     try:
-        routers = _answers("describe")
-        described: dict[str, Any] = next(iter(routers.values()))
-        reports = ray.get(find(CONTROLLER).reports.remote(), timeout=10.0)
-        controller = ray.get(find(CONTROLLER).describe.remote(), timeout=10.0)
-    except (RayError, ValueError) as error:
+        answers, silent = _ask([*router_names(), *worker_names(), CONTROLLER], "describe")
+    except RayError as error:
         raise LaunchError(f"cluster {state.name!r} does not answer: {_cause(error)}") from error
     finally:
         ray.shutdown()  # or Ray goes on to say on standard output what happens in the cluster
-    by_name = {report.peer.id.name: report for report in reports.values() if report is not None}
+    routers = _of_routers(answers, silent)
+    described: dict[str, Any] = next(iter(routers.values()))
     for worker in described["workers"]:
-        report = by_name.get(worker["worker"].partition("@")[0])
+        report = answers.get(worker["worker"].partition("@")[0])
         worker["pid"] = report.pid if report else None
         worker["metrics_address"] = report.metrics_address if report else ""
     heads = [{"router": name} | {key: each[key] for key in ROUTER_KEYS} for name, each in routers.items()]
     return described | {
         "routers": heads,
-        "controller": controller,
+        "controller": answers.get(CONTROLLER),
+        "silent": silent,
         "logs": f"{state.folder}/session_latest/logs" if state.folder else "",
     }
 
 
-def _answers(method: str, *arguments: object) -> dict[str, Any]:
-    """Of the routers that answer, by name. Raises LaunchError if none does."""
-    asked = {name: getattr(find(name), method).remote(*arguments) for name in router_names()}
+def _ask(names: Iterable[str], method: str, *arguments: object) -> tuple[dict[str, Any], dict[str, str]]:
+    """(the answers that come in time, why the others do not), by name. Everybody is asked at once."""
+    asked: dict[str, Any] = {}
+    silent: dict[str, str] = {}
+    for name in names:
+        try:
+            asked[name] = getattr(find(name), method).remote(*arguments)
+        except ValueError:
+            silent[name] = "it is not there"
     references = list(asked.values())
     done, _ = ray.wait(references, num_returns=len(references), timeout=ANSWER_S) if references else ([], [])
-    answers, causes = {}, ["there is none" if not asked else "not in time"]
+    answers = {}
     for name, reference in asked.items():
-        if reference in done:
-            try:
-                answers[name] = ray.get(reference)
-            except RayError as error:
-                causes.append(_cause(error))
-    if not answers:
-        raise LaunchError(f"no router answers: {causes[-1]}")
-    return answers
+        if reference not in done:
+            silent[name] = f"it said nothing for {ANSWER_S:.0f} s"
+            continue
+        try:
+            answers[name] = ray.get(reference)
+        except RayError as error:
+            silent[name] = _cause(error)
+    return answers, silent
+
+
+def _of_routers(answers: Mapping[str, Any], silent: Mapping[str, str]) -> dict[str, Any]:
+    """Raises LaunchError if there is none."""
+    routers = {name: answer for name, answer in answers.items() if name.startswith(ROUTER)}
+    if not routers:
+        causes = [cause for name, cause in silent.items() if name.startswith(ROUTER)]
+        raise LaunchError(f"no router answers: {causes[-1] if causes else 'there is none'}")
+    return routers
 
 
 @contextlib.contextmanager
@@ -281,8 +296,8 @@ def asking_routers(state: ClusterState) -> Iterator[Callable[..., dict[str, Any]
 
     def ask(method: str, *arguments: object) -> dict[str, Any]:
         try:
-            return _answers(method, *arguments)
-        except (RayError, ValueError) as error:
+            return _of_routers(*_ask(router_names(), method, *arguments))
+        except RayError as error:
             raise LaunchError(f"the routers of {state.name!r} do not answer: {_cause(error)}") from error
 
     try:
@@ -312,10 +327,13 @@ def scale(state: ClusterState, wanted: Mapping[Role, int], say: Say) -> None:
     try:
         controller = find(CONTROLLER)
         decision: Decision[Plan] = ray.get(
-            controller.scale.remote({str(role): count for role, count in wanted.items()}), timeout=SWITCH_TIMEOUT_S
+            controller.scale.remote({str(role): count for role, count in wanted.items()}), timeout=PLAN_S
         )
     except (RayError, ValueError) as error:
-        raise LaunchError(f"the controller of {state.name!r} does not answer: {_cause(error)}") from error
+        raise LaunchError(
+            f"the controller of {state.name!r} does not answer: {_cause(error)}. Part of what it was asked for may be "
+            "done, or be done later: run the command again when `tidemill status` shows it"
+        ) from error
     if decision.reason is ScalingReason.NO_VERIFY_LEFT:
         raise LaunchError("no verify worker would be left, and nothing served; ask for verify=1 or more")
     started, leaving = dict(decision.choice.start), set(decision.choice.leave)
@@ -332,14 +350,18 @@ def scale(state: ClusterState, wanted: Mapping[Role, int], say: Say) -> None:
         leaving -= gone
         time.sleep(0.1)
     if leaving:
-        raise LaunchError(f"{', '.join(sorted(leaving))} did not go within {SWITCH_TIMEOUT_S:.0f} s; see Ray's logs")
+        raise LaunchError(
+            f"{', '.join(sorted(leaving))} did not go within {SWITCH_TIMEOUT_S:.0f} s; the controller ends who has "
+            "drained: see `tidemill status` and Ray's logs"
+        )
 
 
 def down(state: ClusterState, say: Say) -> None:
     """End the actors, and the Ray head if `up` started it; leaves nothing of ours running."""
     try:
-        connect(state)
-        _stop_actors(state)
+        if state.head_pid is None or head.is_running(state.head_pid):
+            connect(state)
+            _stop_actors(state)
     except (LaunchError, RayError):
         say("Ray does not answer; ending its processes")
     finally:

@@ -44,6 +44,7 @@ class WorkerReport:
     residual: int = 0  # tokens of work that must be finished or moved before it is free
     leaving: bool = False  # takes no more, and goes when it has drained
     retired: bool = False  # has drained: may be ended
+    becoming: Role | None = None  # on its way to another role, whoever sent it there
 
 
 class WorkerActor:
@@ -69,6 +70,7 @@ class WorkerActor:
             load.queued_tokens + (load.kv_blocks_used + load.kv_blocks_leased) * load.block_size,
             retirement is not None,
             retirement is not None and retirement.done() and not retirement.exception(),
+            about.becoming,
         )
 
     def set_role(self, role: str, drain_s: float | None = None) -> WorkerReport:
@@ -221,6 +223,11 @@ def of_replica(settings: Settings, index: int, free: Callable[[], int] = free_po
 def here() -> NodeAffinitySchedulingStrategy:
     """On this process' node: the address of clients, and the files of secrets and targets, are the head's."""
     return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def first_role(name: str) -> Role:
+    """The one that the worker of this name is started, and restarted, in."""
+    return Role(name.rpartition("-")[0])
 
 
 def find(name: str) -> ActorHandle:

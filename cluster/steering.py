@@ -17,6 +17,7 @@ from tidemill.core.telemetry import DecisionRecord, RouterTelemetry
 log = logging.getLogger(__name__)
 
 KEPT_DECISIONS = 50
+NOBODY: Mapping[str, Role] = {}
 SWITCH_WEIGHT = 0.3  # of the newest switch in the mean of their durations
 
 
@@ -47,7 +48,7 @@ def _bounds(bounds: RoleBounds) -> Bounds:
 
 
 class Steering:
-    """Belongs to the controller's thread. All that is lost with it is how long workers have had their roles."""
+    """Belongs to the controller's thread. What is lost with it is how long workers have had their roles."""
 
     def __init__(self, settings: Settings, counters: Metrics) -> None:
         self._config = rebalance_config(settings)
@@ -64,10 +65,14 @@ class Steering:
         """By worker."""
         return self._under_way
 
-    def decide(self, telemetry: RouterTelemetry, now: float, wall: float) -> tuple[RoleChange, ...]:
-        """The changes to begin now; `now` is monotonic, `wall` is for people."""
-        changing = tuple((name, each.change.to) for name, each in sorted(self._under_way.items()))
-        situation = Situation(telemetry, changing, self._drafts, self._switch_s)
+    def decide(
+        self, telemetry: RouterTelemetry, now: float, wall: float, becoming: Mapping[str, Role] = NOBODY
+    ) -> tuple[RoleChange, ...]:
+        """The changes to begin now; `now` is monotonic, `wall` is for people. `becoming`: workers that say themselves
+        that they are on their way to another role: an operator's, or those of a controller that died.
+        """
+        changing = dict(becoming) | {name: each.change.to for name, each in self._under_way.items()}
+        situation = Situation(telemetry, tuple(sorted(changing.items())), self._drafts, self._switch_s)
         decision, self._memory = rebalance(situation, self._memory, self._config, now)
         self._metrics.add(metrics.CONTROLLER_DECISIONS, reason=decision.reason)
         self._record(telemetry, decision.choice, str(decision.reason), wall)

@@ -107,6 +107,12 @@ class EngineLoop:
         return self._standing
 
     @property
+    def becoming(self) -> Role | None:
+        """The role that a switch under way will give it; None if there is none, or if the worker leaves."""
+        switch = self._switch
+        return switch.to if switch is not None else None
+
+    @property
     def engine_kind(self) -> str:
         return self._engine.info.kind
 

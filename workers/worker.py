@@ -58,6 +58,7 @@ class Description:
     metrics_address: str
     model: str
     engine: str
+    becoming: Role | None  # the role it is on its way to
 
 
 class Worker:
@@ -154,6 +155,7 @@ class Worker:
             self.metrics_address,
             model.served_name if model else "",
             self._loop.engine_kind,
+            self._loop.becoming,
         )
 
     def set_role(self, role: Role, drain_s: float | None = None) -> "Future[None]":

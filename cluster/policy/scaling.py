@@ -1,11 +1,14 @@
 """Which workers to start and which to let go, for as many of each role as an operator asks for."""
 
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from tidemill.core.model import Decision, Role
+
+UNKNOWN = sys.maxsize  # residual of a worker that says nothing: others go first
 
 
 class ScalingReason(StrEnum):

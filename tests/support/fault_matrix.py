@@ -11,6 +11,14 @@ class Target(StrEnum):
     VERIFY = "verify"
     LINK = "KV link"
     ROUTER = "router"
+    CONTROLLER = "controller"
+    LAST_PREFILL = "last prefill"
+    LAST_DRAFT = "last draft"
+    LAST_VERIFY = "last verify"
+
+
+LAST = frozenset({Target.LAST_PREFILL, Target.LAST_DRAFT, Target.LAST_VERIFY})
+PLACE_S = 10.0  # as long a request waits for a place
 
 
 class Fault(StrEnum):
@@ -47,6 +55,8 @@ class Cell:
         """Longest time without a token that the fault may cost; None where the fault itself lasts."""
         if self.fault is Fault.SLOW:
             return None
+        if self.target is Target.LAST_VERIFY:  # another worker has to become one
+            return PLACE_S
         return 2.0 + (stall_s if self.fault is Fault.STOP else 0.0)
 
 
@@ -66,7 +76,11 @@ class Found:
         return in_time and not (self.failed or self.changed or self.leaked)
 
 
-MATRIX = tuple(Cell(*each) for each in product(Target, Fault, Stage))
+MATRIX = tuple(
+    Cell(*each)
+    for each in product(Target, Fault, Stage)
+    if each[0] not in LAST or each[1] in {Fault.KILL, Fault.STOP}  # cut or slow, it is still there
+)
 
 
 def row(cell: Cell, found: Found | None, stall_s: float) -> str:

@@ -1,7 +1,8 @@
 """A few cells of the matrix of faults; `make faults` runs all."""
 
-from tests.support.fault_cells import STALL_S, run
+from tests.support.fault_cells import run
 from tests.support.fault_matrix import Cell, Fault, Stage, Target, row
+from tests.support.fault_stand import STALL_S
 
 SAMPLE = [
     Cell(Target.VERIFY, Fault.STOP, Stage.DECODING),

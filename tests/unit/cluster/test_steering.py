@@ -1,13 +1,15 @@
 """The controller without Ray: what it records and counts, how switches end, and who is a member."""
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.controller import SILENT_ROUNDS, Membership
+from cluster.controller import SILENT_ROUNDS, Membership, staff_of
 from cluster.policy.rebalance import RebalanceReason
+from cluster.policy.scaling import ScalingReason, plan
 from cluster.pools import WorkerReport
 from cluster.steering import KEPT_DECISIONS, Steering, describe_decisions
 from tests.support.fluid import Load, cluster_of
@@ -61,6 +63,29 @@ def test_workers_on_their_way_count_for_their_new_role_and_are_left_alone() -> N
     assert 1 <= len(begun) <= 5, "those under way are not replaced by others"
     late = cluster.now + ControllerSettings().switch_timeout_s + 1
     assert set(steers.overdue(late)) == set(begun)
+
+
+def test_a_switch_that_another_began_is_not_made_up_for() -> None:
+    """An operator, or the controller that this one replaces."""
+    for becoming in ({}, {"prefill-0": Role.VERIFY}):
+        steers, _ = steering()
+        cluster = cluster_of(3, 0, 1)
+        del cluster.roles["verify-0"]
+        begun = 0
+        for _ in range(20):
+            cluster.advance(PROMPTS)
+            begun += len(steers.decide(cluster.picture(), cluster.now, 0.0, becoming))
+        assert bool(begun) is not bool(becoming)
+
+
+def test_a_worker_that_says_nothing_counts_for_the_role_it_is_started_in() -> None:
+    known = {"verify-0": report("verify-0", 1, Role.PREFILL), "verify-1": None, "prefill-0": report("prefill-0", 1)}
+    workers = [staff_of(*each) for each in known.items()]
+    assert [each.role for each in workers] == [Role.PREFILL, Role.VERIFY, Role.VERIFY]
+    assert plan(workers, {Role.VERIFY: 2}).reason is ScalingReason.AS_ASKED
+    assert plan(workers, {Role.VERIFY: 1}).choice.leave == ("prefill-0",), "who can be told goes first"
+    going = replace(report("verify-2", 1), becoming=Role.DRAFT)
+    assert staff_of("verify-2", going).role is Role.DRAFT
 
 
 story = st.lists(

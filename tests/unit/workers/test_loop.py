@@ -99,9 +99,11 @@ class TestRoleSwitch:
         bench.turn()
         assert bench.events("b") == [Refused("b", Refusal.DRAINING)]
         assert not bench.sent[-1][1].accepting
+        assert bench.loop.becoming is Role.PREFILL
         bench.drain()
         assert bench.tokens("a") == plain(request_of())
         assert wish.done.result(0) is None
+        assert bench.loop.becoming is None
 
     def test_what_does_not_end_in_time_is_given_up_under_the_old_epoch(self) -> None:
         bench = Bench(Role.VERIFY)
