@@ -5,6 +5,7 @@ import json
 import logging
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime
@@ -136,11 +137,6 @@ def _print_controller(controller: dict[str, Any]) -> None:
         out.print(f"  {when} {each['reason']}: {', '.join(each['changes'])}", highlight=False)
 
 
-def _busiest(pictures: dict[str, Any]) -> Any:
-    """Of several routers' pictures; all show the same workers, each its own requests."""
-    return max(pictures.values(), key=lambda each: each.front.active + each.front.queued)
-
-
 @app.command()
 def top(
     name: NameOption = DEFAULT_NAME,
@@ -152,15 +148,19 @@ def top(
         raise typer.BadParameter("--json needs --once")
     with _told_plainly():
         from cluster import launch  # noqa: PLC0415
+        from cluster.telemetry import outlook  # noqa: PLC0415
         from cluster.view.picture import draw_picture  # noqa: PLC0415
         from cluster.view.top import live  # noqa: PLC0415
 
+        def look() -> Any:
+            return outlook(list(ask("outlook").values())).picture(time.time())
+
         if not once:
             with launch.asking_routers(_state(name)) as ask:
-                live(out, lambda: _busiest(ask("picture")))
+                live(out, look)
             return
         with contextlib.redirect_stdout(sys.stderr), launch.asking_routers(_state(name)) as ask:
-            picture = _busiest(ask("picture"))
+            picture = look()
     if as_json:
         out.print_json(json.dumps(asdict(picture)))
     else:

@@ -21,7 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from cluster import preimported
 from cluster.head import free_port
 from tidemill.core.model import Member, Peer, Role, WorkerId
-from tidemill.core.picture import Picture
+from tidemill.core.picture import Outlook
 from tidemill.core.settings import Settings
 from tidemill.core.telemetry import DecisionRecord, Decoding, RouterTelemetry
 from tidemill.core.trace import Trace
@@ -125,8 +125,8 @@ class RouterActor:
     async def set_decisions(self, decisions: Sequence[DecisionRecord]) -> None:
         self._server.set_decisions(decisions)
 
-    async def picture(self) -> Picture:
-        return self._server.picture()
+    async def outlook(self) -> Outlook:
+        return self._server.outlook()
 
     async def trace(self, request_id: str) -> Trace | None:
         return self._server.trace(request_id)

@@ -1,11 +1,23 @@
 """One picture of the cluster from those of its routers."""
 
+import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 
 from cluster.policy.levelling import Held, Holder
 from tidemill.core.model import Role
-from tidemill.core.telemetry import Decoding, Progress, RouterTelemetry, Traffic, Waiting, Window, WorkerTelemetry
+from tidemill.core.picture import Outlook
+from tidemill.core.telemetry import (
+    Decoding,
+    History,
+    Progress,
+    RouterTelemetry,
+    Traffic,
+    Waiting,
+    Window,
+    WorkerTelemetry,
+)
 
 
 def merge(pictures: Sequence[RouterTelemetry]) -> RouterTelemetry:
@@ -22,6 +34,32 @@ def merge(pictures: Sequence[RouterTelemetry]) -> RouterTelemetry:
             max((each.oldest_of_goal for each in waiting), default=0.0),
         ),
         _workers(worker for picture in pictures for worker in picture.workers),
+    )
+
+
+def outlook(of_routers: Sequence[Outlook]) -> Outlook:
+    """Of the whole cluster, from those of its routers: their addresses as clients take them."""
+    fronts, histories = [each.front for each in of_routers], [each.history for each in of_routers]
+    front = replace(
+        fronts[0],
+        address=",".join(each.address for each in fronts),
+        active=sum(each.active for each in fronts),
+        queued=sum(each.queued for each in fronts),
+    )
+    classes: dict[str, tuple[Traffic, ...]] = {}
+    roles: dict[Role, tuple[Progress, ...]] = {}
+    for history in histories:
+        for name, points in history.classes:
+            known = classes.get(name)
+            classes[name] = tuple(map(operator.add, known, points)) if known else points
+        for role, seen in history.roles:
+            before = roles.get(role)
+            roles[role] = tuple(map(Progress.beside, before, seen)) if before else seen
+    return Outlook(
+        front,
+        merge([each.telemetry for each in of_routers]),
+        History(histories[0].step_s, tuple(sorted(classes.items())), tuple(roles.items())),
+        max((each.decisions for each in of_routers), key=lambda told: told[-1].at if told else 0.0),
     )
 
 

@@ -31,7 +31,7 @@ from tidemill.core.clock import Clock, SystemClock
 from tidemill.core.exposition import MetricsServer
 from tidemill.core.metrics import ROUTER_SERIES, Metrics
 from tidemill.core.model import Member, Role, WorkerId
-from tidemill.core.picture import FrontDoor, Picture, picture
+from tidemill.core.picture import FrontDoor, Outlook, Picture
 from tidemill.core.settings import Settings
 from tidemill.core.telemetry import DecisionRecord, Decoding, RouterTelemetry
 from tidemill.core.trace import Trace
@@ -214,14 +214,15 @@ class RouterServer:
         self._decisions = tuple(decisions)
 
     def picture(self) -> Picture:
-        """For the status page and `tidemill top`; made anew twice a second at most, however many look."""
+        """For the status page; made anew twice a second at most, however many look."""
         now = self._clock.monotonic()
         if self._picture is None or now - self._pictured_at >= PICTURE_PERIOD_S:
-            self._picture, self._pictured_at = self._new_picture(now), now
+            self._picture, self._pictured_at = self.outlook().picture(time.time()), now
         return self._picture
 
-    def _new_picture(self, now: float) -> Picture:
-        settings = self._settings
+    def outlook(self) -> Outlook:
+        """What such a picture is made of, to be put together with what other routers see."""
+        settings, now = self._settings, self._clock.monotonic()
         front = FrontDoor(
             settings.name,
             self.address,
@@ -230,7 +231,7 @@ class RouterServer:
             self._gate.queued,
             settings.controller.rebalance,
         )
-        return picture(front, self._telemetry.present(now), self._telemetry.history(now), self._decisions, time.time())
+        return Outlook(front, self._telemetry.present(now), self._telemetry.history(now), self._decisions)
 
     def trace(self, request_id: str) -> Trace | None:
         """Of one of the requests that ended last."""

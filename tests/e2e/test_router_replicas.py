@@ -1,5 +1,6 @@
 """Two routers over the same pools on Ray: one is killed, one is stopped, the controller is killed; nobody notices."""
 
+import json
 import os
 import signal
 import threading
@@ -99,6 +100,9 @@ def test_the_controller_killed_under_load_is_rebuilt(up: Operator) -> None:
     members = {each["worker"] for each in up.status()["workers"]}
     victim = up.status()["controller"]["pid"]
     assert streams_through(up, lambda: os.kill(victim, signal.SIGKILL)) == plain
+    picture = json.loads(up.run("top", "--name", "test", "--once", "--json").stdout)
+    assert picture["front"]["address"] == ",".join(addresses(up))
+    assert sum(each["finished"] for each in picture["classes"]) >= 2 * CLIENTS, "of both routers"
     status = up.status()
     assert status["controller"]["pid"] != victim
     assert {each["worker"] for each in status["workers"]} == members

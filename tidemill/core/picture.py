@@ -35,6 +35,20 @@ class FrontDoor:
 
 
 @dataclass(frozen=True, slots=True)
+class Outlook:
+    """What one router has to show; a picture is made of it, or of several that were put together."""
+
+    front: FrontDoor
+    telemetry: RouterTelemetry  # its windows are not needed
+    history: History
+    decisions: tuple[DecisionRecord, ...]  # the newest last
+
+    def picture(self, wall: float) -> "Picture":
+        """`wall`: seconds of wall time."""
+        return picture(self.front, self.telemetry, self.history, self.decisions, wall)
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerLine:
     """One worker. Shares are from 0 to 1."""
 

@@ -6,11 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.telemetry import merge
+from cluster.telemetry import merge, outlook
 from router.journey import Journey
 from router.telemetry import BUCKET_S, NOTHING, Counted, Sliding, Telemetry, count
 from tidemill.core.messages import FirstToken, Prefilled, Tokens
 from tidemill.core.model import Request, Role, SloClass, WorkerId, WorkerLoad
+from tidemill.core.picture import FrontDoor, Outlook
 from tidemill.core.telemetry import Traffic, Waiting
 from tidemill.types import FinishReason, SamplingParams
 
@@ -149,6 +150,17 @@ def test_two_routers_add_up_to_one() -> None:
     assert (ours.tokens, ours.verifies) == (theirs.tokens, theirs.verifies)
     assert ours.busy_s == pytest.approx(theirs.busy_s), "both saw all of the worker's time"
     assert pickle.loads(pickle.dumps(merged)) == merged
+    seen = [Outlook(front(f"h:{port}"), each.present(14.0), each.history(14.0), ()) for port, each in enumerate(halves)]
+    alone = Outlook(front("h:0,h:1", 2), one.present(14.0), one.history(14.0), ()).picture(0.0)
+    together = outlook(seen).picture(0.0)
+    assert together.front == alone.front
+    assert together.classes == alone.classes
+    assert together.tokens == alone.tokens
+    assert [each.running for each in together.pools] == [each.running for each in alone.pools]
+
+
+def front(address: str, routers: int = 1) -> FrontDoor:
+    return FrontDoor("test", address, "tiny", 3 * routers, routers, True)
 
 
 def test_of_two_routers_the_one_that_knows_the_newer_incarnation_is_right() -> None:
