@@ -36,6 +36,7 @@ STAFF: Mapping[Target, Staff] = {
     Target.LAST_VERIFY: ONE_VERIFY,
 }
 LAST_OF = {Target.LAST_PREFILL: Role.PREFILL, Target.LAST_DRAFT: Role.DRAFT, Target.LAST_VERIFY: Role.VERIFY}
+FEW_NODES = 4  # of a draft: a step of 16 rows has some left for prompts, where verify workers compute them
 RUNS_S = 0.01  # of a slow process, between two times that it stands still
 PATIENCE_S = 60.0
 
@@ -43,6 +44,7 @@ ON_RAY = SETTINGS.model_copy(
     update={
         "name": "faults",
         "pools": PoolSettings(prefill=1, draft=1, verify=2),
+        "speculation": SETTINGS.speculation.model_copy(update={"max_nodes": FEW_NODES}),
         "controller": ControllerSettings(rebalance=False),  # it heals
         "ray": RaySettings(max_restarts=0),
     }
