@@ -12,20 +12,15 @@ lest it take everybody's rows for nothing it gets no more than an equal part of 
 need at depth + 1 needs no check, since the values of a level add up to 1 at most.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from itertools import chain
 
 import numpy as np
-import numpy.typing as npt
 
 from tidemill.core.model import Decision
-from tidemill.core.tree import TokenTree
+from workers.speculation.branches import Floats, Ids, Weights
 from workers.speculation.step_time import StepTimes
 
-Floats = npt.NDArray[np.float64]
-Ids = npt.NDArray[np.intp]
 _ROUNDING = 1e-9  # tokens: what sums of chances may be off by
 
 
@@ -45,12 +40,12 @@ class Stop(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A decoding request. `tree` has calibrated chances; each of its rows attends to about `context` tokens."""
+class Candidates:
+    """The decoding requests, [requests], one at least, and a branch for each."""
 
-    tree: TokenTree
-    context: int
-    need: float = 1.0  # tokens this step should yield; without a goal it is the one that it always yields
+    weights: Weights  # of their branches' nodes
+    contexts: Floats  # tokens that each of a request's rows attends to
+    needs: Floats  # tokens this step should yield; without a goal it is the one that it always yields
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +63,8 @@ class Selection:
 
     nodes: tuple[tuple[int, ...], ...]
     needed: tuple[int, ...]  # how many of them, from the first, are there because of the goal; the others are surplus
-    unmet: tuple[int, ...]  # candidates from which fewer tokens are expected than they need
-    tokens: float  # expected of the step
+    expected: tuple[float, ...]  # tokens of each candidate, one of which needs no node
+    unmet: tuple[int, ...]  # candidates from which fewer are expected than they need
     rows: int
 
     def count(self, reason: Reason) -> int:
@@ -78,58 +73,43 @@ class Selection:
         return needed if reason is Reason.NEEDED else self.rows - len(self.nodes) - needed
 
 
-def need(elapsed_s: float, round_s: float, tpot_goal_s: float, decoded: int) -> float:
-    """Tokens a request must gain in a round of `round_s` to be on time after it; less than 1 if it is ahead.
-
-    `elapsed_s` since its first decode step began, in which `decoded` tokens came.
-    """
-    return (elapsed_s + round_s) / tpot_goal_s - decoded
-
-
-def select(
-    candidates: Sequence[Candidate], times: StepTimes, budget: Budget, overhead_s: float = 0.0
-) -> Decision[Selection]:
+def select(candidates: Candidates, times: StepTimes, budget: Budget, overhead_s: float = 0.0) -> Decision[Selection]:
     """Choose for one step. `overhead_s`: seconds of a round that are not the step's.
 
     While `times` is not ready, goodput is unknown, and `budget.rows` are all there is.
     """
-    if not candidates:
-        return Decision(Selection((), (), (), 0.0, 0), Stop.EXHAUSTED)
-    count = len(candidates)
-    order, values = _ranked(candidates, budget.tree_nodes)
+    count, needs = candidates.needs.size, candidates.needs
+    order, values = _ranked(candidates.weights, budget.tree_nodes)
     gains = values.cumsum(axis=1)
-    needs = np.array([each.need for each in candidates])
     needed = _needed(values, gains, needs, max(budget.rows - count, 0))
-    chosen, stop = _surplus(candidates, values, needed, times, budget, overhead_s)
+    chosen, stop = _surplus(values, candidates.contexts, needed, times, budget, overhead_s)
     expected = 1.0 + np.where(chosen > 0, gains[np.arange(count), chosen - 1], 0.0)
-    unmet = np.flatnonzero(expected < needs - _ROUNDING)
     ends = chosen.tolist()
     selection = Selection(
         tuple([tuple(nodes[:end]) for nodes, end in zip(order.tolist(), ends, strict=True)]),
         tuple(needed.tolist()),
-        tuple(unmet.tolist()),
-        float(expected.sum()),
+        tuple(expected.tolist()),
+        tuple(np.flatnonzero(expected < needs - _ROUNDING).tolist()),
         count + sum(ends),
     )
     return Decision(selection, stop)
 
 
-def _ranked(candidates: Sequence[Candidate], most: int) -> tuple[Ids, Floats]:
+def _ranked(weights: Weights, most: int) -> tuple[Ids, Floats]:
     """Of each tree the `most` likeliest nodes, likeliest first, and their values: both [candidates, nodes].
 
     Trees with fewer nodes have values of 0 at the end. Of equals the first comes first, and so a parent.
     """
-    sizes = np.array([len(each.tree.tokens) for each in candidates])
-    values = np.zeros((len(candidates), max(int(sizes.max()), 1)))
-    filled = np.arange(values.shape[1]) < sizes[:, None]
-    values[filled] = list(chain.from_iterable([each.tree.path_chances() for each in candidates]))
+    places = np.arange(weights.values.size) - weights.firsts
+    values = np.zeros((weights.branches, int(places.max()) + 1))
+    values[weights.owners, places] = weights.values
     order = np.argsort(-values, axis=1, kind="stable")[:, : max(most, 1)]
-    values = values[np.arange(len(candidates))[:, None], order]
-    return order, values if most > 0 else np.zeros_like(values)
+    values = values.ravel()[order + (np.arange(weights.branches) * values.shape[1])[:, None]]
+    return order - 1, values if most > 0 else np.zeros_like(values)
 
 
 def _needed(values: Floats, gains: Floats, needs: Floats, room: int) -> Ids:
-    """How many nodes of each request are due to its goal, `room` at most in all."""
+    """How many nodes of each request are due to its goal, `room` at most in all. `values`, `gains`: their sums."""
     lacking = needs - 1.0 - _ROUNDING  # beyond the token that every request gets
     wanted = ((gains - values < lacking[:, None]) & (values > 0.0)).sum(axis=1)
     out_of_reach = gains[:, -1] < lacking
@@ -142,7 +122,7 @@ def _needed(values: Floats, gains: Floats, needs: Floats, room: int) -> Ids:
 
 
 def _surplus(
-    candidates: Sequence[Candidate], values: Floats, needed: Ids, times: StepTimes, budget: Budget, overhead_s: float
+    values: Floats, contexts: Floats, needed: Ids, times: StepTimes, budget: Budget, overhead_s: float
 ) -> tuple[Ids, Stop]:
     """How many nodes of each request are chosen in all, and why no more are.
 
@@ -150,24 +130,29 @@ def _surplus(
     own; so it is computed for every number of them.
     """
     count, width = values.shape
-    taken = np.arange(width) < needed[:, None]
-    left = np.where(taken, 0.0, values).ravel()
+    due = np.arange(width) < needed[:, None]
+    left = np.where(due, 0.0, values).ravel()
     rows = count + int(needed.sum())
     room = max((budget.max_rows if times.ready else budget.rows) - rows, 0)
-    available = int(np.count_nonzero(left))
-    likeliest = np.argsort(-left, kind="stable")[: min(room, available)]
-    owners, stop = likeliest // width, Stop.BUDGET if room < available else Stop.EXHAUSTED
+    open_nodes = np.flatnonzero(left)
+    likeliest = open_nodes[np.argsort(-left[open_nodes], kind="stable")[:room]]
+    owners, stop = likeliest // width, Stop.BUDGET if room < open_nodes.size else Stop.EXHAUSTED
     if times.ready:
-        contexts = np.array([float(each.context) for each in candidates])
-        attended = float(contexts @ (needed + 1)) + np.concatenate(([0.0], contexts[owners].cumsum()))
         seconds = (
             times.levels(np.arange(rows, rows + owners.size + 1))
-            + times.slope * attended
+            + times.slope * (float(contexts @ (needed + 1)) + _sums(contexts[owners]))
             + times.kv_slope * contexts.sum()
             + overhead_s
         )
-        tokens = count + float(values[taken].sum()) + np.concatenate(([0.0], left[likeliest].cumsum()))
+        tokens = count + values[due].sum() + _sums(left[likeliest])
         best = int(np.argmax(tokens / seconds))
         if best < owners.size:
             owners, stop = owners[:best], Stop.GOODPUT
     return needed + np.bincount(owners, minlength=count), stop
+
+
+def _sums(values: Floats) -> Floats:
+    """Of the first 0, 1, ... of them: [values + 1]."""
+    sums = np.zeros(values.size + 1)
+    values.cumsum(out=sums[1:])
+    return sums
