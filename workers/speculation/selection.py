@@ -12,13 +12,15 @@ lest it take everybody's rows for nothing it gets no more than an equal part of 
 need at depth + 1 needs no check, since the values of a level add up to 1 at most.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
 
 import numpy as np
 
 from tidemill.core.model import Decision
-from workers.speculation.branches import Floats, Ids, Weights
+from workers.speculation.branches import Floats, Weights
 from workers.speculation.step_time import StepTimes
 
 _ROUNDING = 1e-9  # tokens: what sums of chances may be off by
@@ -78,81 +80,103 @@ def select(candidates: Candidates, times: StepTimes, budget: Budget, overhead_s:
 
     While `times` is not ready, goodput is unknown, and `budget.rows` are all there is.
     """
-    count, needs = candidates.needs.size, candidates.needs
-    order, values = _ranked(candidates.weights, budget.tree_nodes)
-    gains = values.cumsum(axis=1)
-    needed = _needed(values, gains, needs, max(budget.rows - count, 0))
-    chosen, stop = _surplus(values, candidates.contexts, needed, times, budget, overhead_s)
-    expected = 1.0 + np.where(chosen > 0, gains[np.arange(count), chosen - 1], 0.0)
-    ends = chosen.tolist()
-    selection = Selection(
-        tuple([tuple(nodes[:end]) for nodes, end in zip(order.tolist(), ends, strict=True)]),
-        tuple(needed.tolist()),
-        tuple(expected.tolist()),
-        tuple(np.flatnonzero(expected < needs - _ROUNDING).tolist()),
-        count + sum(ends),
-    )
-    return Decision(selection, stop)
+    ranked = _ranked(candidates, budget.tree_nodes)
+    count = len(ranked.own)
+    needed = _needed(ranked, max(budget.rows - count, 0))
+    rows = count + sum(needed)
+    room = max((budget.max_rows if times.ready else budget.rows) - rows, 0)
+    left = sorted([node for own, due in zip(ranked.own, needed, strict=True) for node in own[due:]])
+    surplus, stop = left[:room], Stop.BUDGET if room < len(left) else Stop.EXHAUSTED
+    if times.ready:
+        best = _most_goodput(ranked, needed, surplus, times, overhead_s)
+        if best < len(surplus):
+            surplus, stop = surplus[:best], Stop.GOODPUT
+    return Decision(_selection(ranked, needed, surplus), stop)
 
 
-def _ranked(weights: Weights, most: int) -> tuple[Ids, Floats]:
-    """Of each tree the `most` likeliest nodes, likeliest first, and their values: both [candidates, nodes].
+@dataclass(frozen=True, slots=True)
+class _Ranked:
+    """The nodes of all candidates, likeliest first. Of equals the first comes first, and so a parent.
 
-    Trees with fewer nodes have values of 0 at the end. Of equals the first comes first, and so a parent.
+    A step has few nodes that may be chosen: lists of numbers are gone through in less time than arrays are set up.
     """
-    places = np.arange(weights.values.size) - weights.firsts
-    values = np.zeros((weights.branches, int(places.max()) + 1))
-    values[weights.owners, places] = weights.values
-    order = np.argsort(-values, axis=1, kind="stable")[:, : max(most, 1)]
-    values = values.ravel()[order + (np.arange(weights.branches) * values.shape[1])[:, None]]
-    return order - 1, values if most > 0 else np.zeros_like(values)
+
+    values: list[float]
+    owners: list[int]
+    nodes: list[int]  # of the owner's tree
+    own: list[list[int]]  # of each candidate, those that may be chosen, as places in the other lists
+    contexts: list[float]
+    needs: list[float]
 
 
-def _needed(values: Floats, gains: Floats, needs: Floats, room: int) -> Ids:
-    """How many nodes of each request are due to its goal, `room` at most in all. `values`, `gains`: their sums."""
-    lacking = needs - 1.0 - _ROUNDING  # beyond the token that every request gets
-    wanted = ((gains - values < lacking[:, None]) & (values > 0.0)).sum(axis=1)
-    out_of_reach = gains[:, -1] < lacking
-    wanted = np.where(out_of_reach, np.minimum(wanted, room // len(needs)), wanted)
-    tightest = np.argsort(-needs, kind="stable")
-    before = wanted[tightest].cumsum() - wanted[tightest]
-    needed = np.empty_like(wanted)
-    needed[tightest] = np.clip(room - before, 0, wanted[tightest])
+def _ranked(candidates: Candidates, most: int) -> _Ranked:
+    """Of each tree the `most` likeliest nodes may be chosen, but none that the target never takes."""
+    weights = candidates.weights
+    places = np.flatnonzero(weights.values)
+    places = places[np.argsort(-weights.values[places], kind="stable")]
+    values, owners = weights.values[places].tolist(), weights.owners[places].tolist()
+    own: list[list[int]] = [[] for _ in range(weights.branches)]
+    for place, owner in enumerate(owners):
+        if len(own[owner]) < most:
+            own[owner].append(place)
+    nodes = (places - weights.firsts[places] - 1).tolist()
+    return _Ranked(values, owners, nodes, own, candidates.contexts.tolist(), candidates.needs.tolist())
+
+
+def _needed(ranked: _Ranked, room: int) -> list[int]:
+    """How many nodes of each request are due to its goal, `room` at most in all."""
+    needed, left = [0] * len(ranked.own), room
+    lacking = [row for row, need in enumerate(ranked.needs) if need > 1.0 + _ROUNDING]
+    for row in sorted(lacking, key=lambda row: -ranked.needs[row]):
+        own, enough = ranked.own[row], ranked.needs[row] - _ROUNDING
+        wanted, expected = 0, 1.0
+        while expected < enough and wanted < len(own):
+            expected += ranked.values[own[wanted]]
+            wanted += 1
+        if expected < enough:  # out of reach
+            wanted = min(wanted, room // len(needed))
+        needed[row] = min(wanted, left)
+        left -= needed[row]
     return needed
 
 
-def _surplus(
-    values: Floats, contexts: Floats, needed: Ids, times: StepTimes, budget: Budget, overhead_s: float
-) -> tuple[Ids, Stop]:
-    """How many nodes of each request are chosen in all, and why no more are.
+def _most_goodput(
+    ranked: _Ranked, needed: Sequence[int], surplus: Sequence[int], times: StepTimes, overhead_s: float
+) -> int:
+    """With how many of the surplus nodes, likeliest first, goodput is best.
 
-    Goodput need not rise and fall once as nodes are added, likeliest first, since a step's duration has steps of its
-    own; so it is computed for every number of them.
+    It need not rise and fall once as nodes are added, since a step's duration has steps of its own; so it is computed
+    for every number of them.
     """
-    count, width = values.shape
-    due = np.arange(width) < needed[:, None]
-    left = np.where(due, 0.0, values).ravel()
-    rows = count + int(needed.sum())
-    room = max((budget.max_rows if times.ready else budget.rows) - rows, 0)
-    open_nodes = np.flatnonzero(left)
-    likeliest = open_nodes[np.argsort(-left[open_nodes], kind="stable")[:room]]
-    owners, stop = likeliest // width, Stop.BUDGET if room < open_nodes.size else Stop.EXHAUSTED
-    if times.ready:
-        seconds = (
-            times.levels(np.arange(rows, rows + owners.size + 1))
-            + times.slope * (float(contexts @ (needed + 1)) + _sums(contexts[owners]))
-            + times.kv_slope * contexts.sum()
-            + overhead_s
-        )
-        tokens = count + values[due].sum() + _sums(left[likeliest])
-        best = int(np.argmax(tokens / seconds))
-        if best < owners.size:
-            owners, stop = owners[:best], Stop.GOODPUT
-    return needed + np.bincount(owners, minlength=count), stop
+    rows = len(needed) + sum(needed)
+    levels = times.levels(np.arange(rows, rows + len(surplus) + 1)).tolist()
+    slope, beside_s = times.slope, times.kv_slope * sum(ranked.contexts) + overhead_s
+    tokens, attended = float(len(needed)), sum(ranked.contexts)
+    for context, own, due in zip(ranked.contexts, ranked.own, needed, strict=True):
+        if due:
+            tokens += sum([ranked.values[node] for node in own[:due]])
+            attended += context * due
+    best, most = 0, tokens / (levels[0] + slope * attended + beside_s)
+    for more, node in enumerate(surplus, 1):
+        tokens += ranked.values[node]
+        attended += ranked.contexts[ranked.owners[node]]
+        goodput = tokens / (levels[more] + slope * attended + beside_s)
+        if goodput > most:
+            best, most = more, goodput
+    return best
 
 
-def _sums(values: Floats) -> Floats:
-    """Of the first 0, 1, ... of them: [values + 1]."""
-    sums = np.zeros(values.size + 1)
-    values.cumsum(out=sums[1:])
-    return sums
+def _selection(ranked: _Ranked, needed: Sequence[int], surplus: Sequence[int]) -> Selection:
+    chosen: list[list[int]] = [[] for _ in needed]
+    expected = [1.0] * len(needed)
+    for node in chain(*[own[:due] for own, due in zip(ranked.own, needed, strict=True) if due], surplus):
+        owner = ranked.owners[node]
+        chosen[owner].append(ranked.nodes[node])
+        expected[owner] += ranked.values[node]
+    return Selection(
+        tuple([tuple(nodes) for nodes in chosen]),
+        tuple(needed),
+        tuple(expected),
+        tuple([row for row, need in enumerate(ranked.needs) if expected[row] < need - _ROUNDING]),
+        len(needed) + sum(needed) + len(surplus),
+    )

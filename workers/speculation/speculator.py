@@ -235,8 +235,8 @@ class Speculator:
         self._pace.chosen(chosen, [branch.fate for branch in branches])
         for reason in Reason:
             self._metrics.add(metrics.NODES_CHOSEN, chosen.count(reason), reason=reason)
-        lost[list(chosen.unmet)] = True
-        for slo_class, count in Counter(decoding[row].request.slo.name for row in np.flatnonzero(lost)).items():
+        missed = {*np.flatnonzero(lost).tolist(), *chosen.unmet}
+        for slo_class, count in Counter([decoding[row].request.slo.name for row in missed]).items():
             self._metrics.add(metrics.GOALS_OUT_OF_REACH, count, slo_class=slo_class)
         return branches, chosen
 
