@@ -59,12 +59,15 @@ def _say(line: str) -> None:
 
 
 @app.command()
-def up(config: ConfigOption = Path("deploy/local.yaml")) -> None:
+def up(
+    config: ConfigOption = Path("deploy/local.yaml"),
+    if_down: Annotated[bool, typer.Option("--if-down", help="Leave it as it is if it is up already.")] = False,
+) -> None:
     """Bring a cluster up and leave it running."""
     with _told_plainly():
         from cluster import launch  # noqa: PLC0415
 
-        state = launch.up(load_settings(config), _say)
+        state = launch.up(load_settings(config), _say, if_down=if_down)
     several = "," in state.router_address
     listen = "routers listen" if several else "router listens"
     out.print(f"[green]up[/]: the {listen} at [bold]{state.router_address}[/]")
@@ -72,11 +75,12 @@ def up(config: ConfigOption = Path("deploy/local.yaml")) -> None:
 
 
 def _state(name: str) -> Any:
-    from cluster import launch  # noqa: PLC0415
+    from cluster.launch import LaunchError  # noqa: PLC0415
+    from cluster.state import read_state  # noqa: PLC0415
 
-    state = launch.read_state(name)
+    state = read_state(name)
     if state is None:
-        raise launch.LaunchError(f"no cluster {name!r} is up; start one with `tidemill up -c deploy/local.yaml`")
+        raise LaunchError(f"no cluster {name!r} is up; start one with `tidemill up -c deploy/local.yaml`")
     return state
 
 
