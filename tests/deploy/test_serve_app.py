@@ -22,7 +22,7 @@ from tests.support.operator import Operator
 from tests.support.prometheus import DEPLOY
 from tidemill import Client
 
-pytestmark = pytest.mark.timeout(420)
+pytestmark = pytest.mark.timeout(600)
 BIN = Path(sys.executable).parent
 
 
