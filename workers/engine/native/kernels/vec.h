@@ -38,7 +38,16 @@ struct bf16 {
 
 // --- loads and stores ---------------------------------------------------------------------------------------------
 
-static inline vfloat splat(float x) { return vfloat{} + x; }
+// Not `vfloat{} + x`, which has to be an addition, since it makes 0 of -0: a number in memory is loaded to every lane.
+static inline vfloat splat(float x) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_set1_ps(x);
+#else
+  return vfloat{} + x;
+#endif
+}
 
 static inline vfloat widen(vhalf half) { return (vfloat)(__builtin_convertvector(half, vuint) << 16); }
 
@@ -184,7 +193,13 @@ struct Operand<bf16> {
   static type row(const bf16* p) {
     uint32_t pair;
     memcpy(&pair, p, sizeof pair);
-    return vuint{} + pair;
+    vuint v = vuint{} + pair;
+#if defined(__AVX2__) && !defined(__AVX512BF16__)
+    // A vector from here on: compilers would take the pair apart before it is in every lane, and copying two numbers
+    // from general registers to all lanes costs what two multiplications do.
+    asm("" : "+v"(v));
+#endif
+    return v;
   }
 };
 
