@@ -107,11 +107,14 @@ def status(
     if as_json:
         out.print_json(json.dumps(described))
         return
-    table = Table("worker", "role", "state", "running", "queued", "KV blocks", "leased", "steps", "metrics", "pid")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    for heading in ("worker", "role", "state", "run", "queue", "KV blocks", "steps", "pid", "metrics"):
+        table.add_column(heading, no_wrap=True, justify="right" if heading in ("run", "queue", "steps") else "left")
     for each in described["workers"]:
-        blocks = f"{each['kv_blocks_used']}/{each['kv_blocks_total']}"
-        cells = [each["worker"], each["role"], each["state"], each["running"], each["queued"], blocks]
-        cells += [each["kv_blocks_leased"], each["steps"], each["metrics_address"], each["pid"]]
+        leased = f"+{each['kv_blocks_leased']}" if each["kv_blocks_leased"] else ""
+        blocks = f"{each['kv_blocks_used']}{leased}/{each['kv_blocks_total']}"
+        cells = [each["worker"].partition("@")[0], each["role"], each["state"], each["running"], each["queued"], blocks]
+        cells += [each["steps"], each["pid"], each["metrics_address"]]
         table.add_row(*(str(cell) for cell in cells))
     for each in described["routers"]:
         out.print(
