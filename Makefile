@@ -55,6 +55,7 @@ test: lint types env
 test-deploy: env
 	@missing=$$(for each in $(DEPLOY_TOOLS); do dpkg -s $$each >/dev/null 2>&1 || echo $$each; done); \
 	  test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/serve.txt
 	$(BIN)/python -m pytest tests/deploy
 
 # make identity: the same tokens through every way, with every source and builder of drafts, for all held-out prompts.
@@ -76,7 +77,7 @@ docs: env
 
 # make bench: the measurements of the README, against vLLM on the same core (makes a second environment for it).
 bench: env $(VLLM)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/bench-serve.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/serve.txt
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.kv_link
