@@ -70,7 +70,7 @@ def wait_until(holds: Callable[[], bool], seconds: float = 150.0) -> None:
 @pytest.fixture
 def serve(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve]:
     ray_folder = tmp_path_factory.mktemp("s")  # short: Ray puts sockets there
-    assert importlib.util.find_spec("fastapi"), "Ray Serve is not installed; `make test-deploy` installs what it needs"
+    assert importlib.util.find_spec("fastapi"), "Ray Serve is not installed; `make test-serve` installs what it needs"
     operator, port, dashboard = Operator(tmp_path), free_port(), free_port()
     operator.env |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     operator.write(ray={"address": f"127.0.0.1:{port}"})
