@@ -8,7 +8,7 @@ VLLM := .venv-vllm
 DEPLOY_TOOLS := prometheus chromium chromium-driver fonts-dejavu-core openssh-server openssh-client iproute2 rsync openssl git
 PROTOS := tidemill/proto/inference.proto tidemill/core/control.proto
 
-.PHONY: help env demo test test-vllm test-deploy lint types unit e2e identity identity-vllm switches faults docs bench protos clean
+.PHONY: help env demo test test-vllm test-deploy test-serve lint types unit e2e identity identity-vllm switches faults docs bench protos clean
 
 help:
 	@grep -E '^# make' Makefile | sed 's/^# //'
@@ -55,7 +55,12 @@ test: lint types env
 test-deploy: env
 	@missing=$$(for each in $(DEPLOY_TOOLS); do dpkg -s $$each >/dev/null 2>&1 || echo $$each; done); \
 	  test -z "$$missing" || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing; }
-	$(BIN)/python -m pytest tests/deploy
+	$(BIN)/python -m pytest tests/deploy --ignore tests/deploy/test_serve_app.py
+
+# make test-serve: the application of the RayService manifest, on a real Ray Serve (three minutes).
+test-serve: env
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/serve.txt
+	$(BIN)/python -m pytest tests/deploy/test_serve_app.py
 
 # make identity: the same tokens through every way, with every source and builder of drafts, for all held-out prompts.
 identity: env
@@ -76,7 +81,7 @@ docs: env
 
 # make bench: the measurements of the README, against vLLM on the same core (makes a second environment for it).
 bench: env $(VLLM)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/bench-serve.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/serve.txt
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.kv_link

@@ -13,7 +13,7 @@ from cluster.bench.arrivals import Arrival as Due
 from cluster.bench.drive import Driver
 from cluster.bench.report import lateness
 from cluster.bench.summary import OK, failures
-from cluster.launch import ClusterState, asking_router, down, up
+from cluster.launch import ClusterState, asking_routers, down, up
 from cluster.sim.cluster import Look
 from cluster.sim.traffic import Arrival
 from cluster.sim.worker import OPT_13B_80GB
@@ -105,11 +105,12 @@ async def _look(
     """Asks the router beside the load, until that is over. `changes`: by time of the clock, what and why."""
     clock = asyncio.get_running_loop()
     began = clock.time()
-    with asking_router(state) as ask:
+    with asking_routers(state) as ask:
         while not over.is_set():
-            described = await asyncio.to_thread(ask, "describe")
+            (described,) = (await asyncio.to_thread(ask, "describe")).values()  # of the only router
             looks.append(_look_of(described, clock.time() - began))
-            decisions = (await asyncio.to_thread(ask, "picture")).decisions
+            (picture,) = (await asyncio.to_thread(ask, "picture")).values()
+            decisions = picture.decisions
             changes |= {each.at: (", ".join(each.changes), each.reason) for each in decisions if each.changes}
             await asyncio.sleep(LOOK_S)
 

@@ -61,12 +61,15 @@ def _say(line: str) -> None:
 
 
 @app.command()
-def up(config: ConfigOption = Path("deploy/local.yaml")) -> None:
+def up(
+    config: ConfigOption = Path("deploy/local.yaml"),
+    if_down: Annotated[bool, typer.Option("--if-down", help="Leave it as it is if it is up already.")] = False,
+) -> None:
     """Bring a cluster up and leave it running."""
     with _told_plainly():
         from cluster import launch  # noqa: PLC0415
 
-        state = launch.up(load_settings(config), _say)
+        state = launch.up(load_settings(config), _say, if_down=if_down)
     several = "," in state.router_address
     listen = "routers listen" if several else "router listens"
     out.print(f"[green]up[/]: the {listen} at [bold]{state.router_address}[/]")
@@ -74,11 +77,12 @@ def up(config: ConfigOption = Path("deploy/local.yaml")) -> None:
 
 
 def _state(name: str) -> Any:
-    from cluster import launch  # noqa: PLC0415
+    from cluster.launch import LaunchError  # noqa: PLC0415
+    from cluster.state import read_state  # noqa: PLC0415
 
-    state = launch.read_state(name)
+    state = read_state(name)
     if state is None:
-        raise launch.LaunchError(f"no cluster {name!r} is up; start one with `tidemill up -c deploy/local.yaml`")
+        raise LaunchError(f"no cluster {name!r} is up; start one with `tidemill up -c deploy/local.yaml`")
     return state
 
 
@@ -105,11 +109,14 @@ def status(
     if as_json:
         out.print_json(json.dumps(described))
         return
-    table = Table("worker", "role", "state", "running", "queued", "KV blocks", "leased", "steps", "metrics", "pid")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    for heading in ("worker", "role", "state", "run", "queue", "KV blocks", "steps", "pid", "metrics"):
+        table.add_column(heading, no_wrap=True, justify="right" if heading in ("run", "queue", "steps") else "left")
     for each in described["workers"]:
-        blocks = f"{each['kv_blocks_used']}/{each['kv_blocks_total']}"
-        cells = [each["worker"], each["role"], each["state"], each["running"], each["queued"], blocks]
-        cells += [each["kv_blocks_leased"], each["steps"], each["metrics_address"], each["pid"]]
+        leased = f"+{each['kv_blocks_leased']}" if each["kv_blocks_leased"] else ""
+        blocks = f"{each['kv_blocks_used']}{leased}/{each['kv_blocks_total']}"
+        cells = [each["worker"].partition("@")[0], each["role"], each["state"], each["running"], each["queued"], blocks]
+        cells += [each["steps"], each["pid"], each["metrics_address"]]
         table.add_row(*(str(cell) for cell in cells))
     for each in described["routers"]:
         out.print(

@@ -1,34 +1,34 @@
 """Up, status and down of one cluster, from its settings."""
 
 import contextlib
-import json
-import os
-import shutil
 import signal
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray.exceptions import RayError
 
 from cluster import head
 from cluster.controller import start_controller
 from cluster.policy.scaling import Plan, ScalingReason
 from cluster.pools import CONTROLLER, ROUTER, Pools, find, router_names, worker_names
+from cluster.state import ClusterState, forget, read_state, turn, write_state
 from tidemill.core.model import Decision, Role
 from tidemill.core.settings import Settings
 
+SEVERAL_NODES = ray_constants.ENABLE_RAY_CLUSTER  # Ray reads STAY_ON_LOOPBACK once: here it depends on the cluster
 SWITCH_TIMEOUT_S = 120.0
 NODES_PERIOD_S = 2.0
 ANSWER_S = 5.0  # of all that are asked at once
 PLAN_S = 10.0
 ROUTER_KEYS = ("address", "metrics_address", "page_address", "active", "queued", "pid")
-STOP_TIMEOUT_S = 30.0  # a drain, and what comes after it
+STOP_TIMEOUT_S = 10.0  # besides a drain
 Say = Callable[[str], None]
 
 
@@ -36,56 +36,13 @@ class LaunchError(RuntimeError):
     """The cluster did not come up, or is not there; the message says what to do."""
 
 
-@dataclass(frozen=True, slots=True)
-class ClusterState:
-    """What `up` leaves for the other commands, in the user's state folder, readable by the user alone."""
-
-    name: str
-    ray_address: str
-    ray_token: str
-    head_pid: int | None  # None: the Ray cluster was there before, and stays
-    folder: str  # Ray's sessions and logs
-    router_address: str = ""  # as the client takes it: of several routers, with commas
-    workers: tuple[str, ...] = ()
-
-
-def state_path(name: str) -> Path:
-    root = os.environ.get("XDG_STATE_HOME") or str(Path.home() / ".local" / "state")
-    return Path(root) / "tidemill" / f"{name}.json"
-
-
-def read_state(name: str) -> ClusterState | None:
-    """None if no such cluster was brought up, or its head is gone."""
-    try:
-        document = json.loads(state_path(name).read_text(encoding="utf-8"))
-        state = ClusterState(**(document | {"workers": tuple(document["workers"])}))
-    except (OSError, ValueError, TypeError, KeyError):
-        return None
-    if state.head_pid is not None and not head.is_running(state.head_pid):
-        _forget(state)
-        return None
-    return state
-
-
-def _write_state(state: ClusterState) -> None:
-    path = state_path(state.name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}")
-    fresh.touch(mode=0o600)
-    fresh.write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
-    fresh.replace(path)
-
-
-def _forget(state: ClusterState) -> None:
-    state_path(state.name).unlink(missing_ok=True)
-    if state.head_pid is not None:
-        shutil.rmtree(state.folder, ignore_errors=True)
-
-
 def connect(state: ClusterState) -> None:
-    """Join the Ray cluster as a driver. Raises LaunchError."""
+    """Join the Ray cluster as a driver. Raises LaunchError, at once if `up` started it and its head has died."""
+    if state.head_pid is not None and not head.answers(state.ray_address):
+        raise LaunchError(f"the Ray of cluster {state.name!r} has died; `tidemill down` ends what is left of it")
     if state.ray_token:
         head.use_token(state.ray_token)
+    ray_constants.ENABLE_RAY_CLUSTER = SEVERAL_NODES and state.head_pid is None
     try:
         with _own_sigterm():
             ray.init(
@@ -111,55 +68,85 @@ def _own_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def up(settings: Settings, say: Say) -> ClusterState:
+def up(settings: Settings, say: Say, *, if_down: bool = False) -> ClusterState:
     """Bring everything up and wait until it serves. What was started is ended again if that fails.
 
-    Raises LaunchError, and whatever the settings' models make the workers raise.
+    With `if_down` a cluster that is up already is left as it is, and returned. Raises LaunchError, HeadError, and
+    whatever the settings' models make the workers raise.
     """
-    running = read_state(settings.name)
-    if running is not None and not _is_up(running):
-        _forget(running)
-    elif running is not None:
-        raise LaunchError(
-            f"cluster {settings.name!r} is up already, at {running.router_address}; "
-            "use it, end it with `tidemill down`, or give this one another `name`"
-        )
     _check_folders(settings)
-    state = _ray(settings, say)
-    _write_state(state)
-    try:
-        connect(state)
-        _wait_for_nodes(settings, say)
-        say("starting the router and the workers")
-        pools = Pools(settings)
-        workers = pools.first_workers()
-        routers = pools.start_routers()
-        handles = {name: pools.start_worker(name, role) for name, role in workers}
-        ready_s = settings.ray.ready_s
-        addresses: list[str] = [_wait_for(router.start.remote(), name, ready_s) for name, router in routers.items()]
-        for name, handle in handles.items():
-            _wait_for(handle.describe.remote(), name, ready_s)
-            say(f"{name} is ready")
-        start_controller(settings)
-        for router in routers.values():
-            _wait_until_serving(router, len(workers), ready_s)
-        state = ClusterState(**(asdict(state) | {"router_address": ",".join(addresses), "workers": tuple(handles)}))
-        _write_state(state)
-        return state
-    except BaseException:
-        down(state, say)
-        raise
+    with turn(settings.name, say):
+        found = _find(settings)
+        if found is not None and found.router_address:
+            write_state(found)  # another machine or container may have brought it up
+            if if_down:
+                return found
+            raise LaunchError(
+                f"cluster {settings.name!r} is up already, at {found.router_address}; "
+                "use it, end it with `tidemill down`, or give this one another `name`"
+            )
+        if found is not None:
+            say("ending what is left of an `up` that did not finish")
+            _end(found, say)
+        state = _on_ray(settings, say)
+        try:
+            return _start(settings, state, say)
+        except BaseException:
+            _end(state, say)
+            raise
 
 
-def _is_up(state: ClusterState) -> bool:
-    """False if the Ray cluster it lived in ended without `down`."""
-    if state.head_pid is not None:
-        return True
+def _start(settings: Settings, state: ClusterState, say: Say) -> ClusterState:
+    """See `up`; Ray answers."""
+    connect(state)
+    _wait_for_nodes(settings, say)
+    say("starting the router and the workers")
+    pools = Pools(settings)
+    workers = pools.first_workers()
+    routers = pools.start_routers()
+    handles = {name: pools.start_worker(name, role) for name, role in workers}
+    ready_s = settings.ray.ready_s
+    addresses: list[str] = [_wait_for(router.start.remote(), name, ready_s) for name, router in routers.items()]
+    for name, handle in handles.items():
+        _wait_for(handle.describe.remote(), name, ready_s)
+        say(f"{name} is ready")
+    start_controller(settings)
+    for router in routers.values():
+        _wait_until_serving(router, len(workers), ready_s)
+    state = replace(state, router_address=",".join(addresses), workers=tuple(handles))
+    write_state(state)
+    return state
+
+
+def _state(settings: Settings, ray_address: str, **of_own_ray: Any) -> ClusterState:
+    return ClusterState(settings.name, ray_address, drain_s=settings.deadlines.drain_s, **of_own_ray)
+
+
+def _find(settings: Settings) -> ClusterState | None:
+    """What there is of this cluster already; its `router_address` is empty if it is not whole. Raises LaunchError."""
+    state = read_state(settings.name)
+    if state is None:
+        if settings.ray.address is None:
+            return None
+        state = _state(settings, settings.ray.address)  # whoever brought it up, Ray knows
+    not_whole = replace(state, router_address="")
     try:
         connect(state)
-        return bool(router_names())
-    except (LaunchError, ValueError):
-        return False
+    except LaunchError:
+        if state.head_pid is None:
+            raise
+        return not_whole
+    if not router_names() and not worker_names():
+        return None if state.head_pid is None else not_whole
+    try:
+        find(CONTROLLER)
+        routers = _of_routers(*_ask(router_names(), "describe"))
+    except (LaunchError, RayError, ValueError):
+        return not_whole
+    if list(routers) != router_names():
+        return not_whole
+    addresses = ",".join(each["address"] for each in routers.values())
+    return replace(state, router_address=addresses, workers=tuple(worker_names()))
 
 
 def _wait_for_nodes(settings: Settings, say: Say) -> None:
@@ -191,19 +178,26 @@ def _check_folders(settings: Settings) -> None:
             )
 
 
-def _ray(settings: Settings, say: Say) -> ClusterState:
+def _on_ray(settings: Settings, say: Say) -> ClusterState:
+    """The Ray cluster to use, which answers: the one of the settings, or a new one. Raises HeadError."""
     if settings.ray.address is not None:
-        return ClusterState(settings.name, settings.ray.address, "", None, "")
+        state = _state(settings, settings.ray.address)
+        write_state(state)
+        return state
     say("starting Ray on this machine")
     folder = Path(tempfile.mkdtemp(prefix="tidemill-"))  # short: Ray puts sockets there, whose paths are limited
-    token = head.new_token()
+    token = head.choose_token()
     head.use_token(token)
+    started = head.start_head(folder)
+    state = _state(settings, started.address, ray_token=token, head_pid=started.process.pid, folder=str(folder))
     try:
-        address, pid = head.start_head(folder)
+        write_state(state)  # before it answers: if this process is killed, the next `up` or `down` finds what there is
+        head.wait_until_answers(started)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+        head.stop_head(started.process.pid)
+        forget(state)
         raise
-    return ClusterState(settings.name, address, token, pid, str(folder))
+    return state
 
 
 def _wait_for(reference: Any, what: str, timeout_s: float) -> Any:
@@ -358,33 +352,45 @@ def scale(state: ClusterState, wanted: Mapping[Role, int], say: Say) -> None:
 
 def down(state: ClusterState, say: Say) -> None:
     """End the actors, and the Ray head if `up` started it; leaves nothing of ours running."""
+    with turn(state.name, say):
+        _end(read_state(state.name) or state, say)
+
+
+def _end(state: ClusterState, say: Say) -> None:
+    """See `down`."""
     try:
-        if state.head_pid is None or head.is_running(state.head_pid):
-            connect(state)
-            _stop_actors(state)
-    except (LaunchError, RayError):
-        say("Ray does not answer; ending its processes")
+        connect(state)
+        _stop_actors(state.drain_s)
+    except (LaunchError, RayError) as error:
+        rest = "ending its processes" if state.head_pid is not None else f"its actors are left alone ({error})"
+        say(f"Ray does not answer; {rest}")
     finally:
         ray.shutdown()
         if state.head_pid is not None:
             head.stop_head(state.head_pid)
-        _forget(state)
+        forget(state)
     say("everything is down")
 
 
-def _stop_actors(state: ClusterState) -> None:
-    """The controller first, so that it does not report the rest as lost; clients' requests end with the router."""
-    names = [CONTROLLER, *router_names(), *worker_names()]
+def _stop_actors(drain_s: float) -> None:
+    """The controller first, so that it does not report the rest as lost; clients' requests end with the routers."""
+    _stop([CONTROLLER], STOP_TIMEOUT_S)
+    _stop(router_names(), drain_s + STOP_TIMEOUT_S)
+    _kill(worker_names())
+
+
+def _stop(names: list[str], timeout_s: float) -> None:
+    """All at once, so that routers drain at the same time."""
+    asked = []
     for name in names:
-        try:
-            actor = find(name)
-        except ValueError:
-            continue
-        if name == CONTROLLER or name.startswith(ROUTER):
-            _wait_quietly(actor.stop.remote())
-        ray.kill(actor, no_restart=True)
+        with contextlib.suppress(ValueError):
+            asked.append(find(name).stop.remote())
+    if asked:
+        ray.wait(asked, num_returns=len(asked), timeout=timeout_s)
+    _kill(names)
 
 
-def _wait_quietly(reference: Any) -> None:
-    with contextlib.suppress(RayError):
-        ray.get(reference, timeout=STOP_TIMEOUT_S)
+def _kill(names: list[str]) -> None:
+    for name in names:
+        with contextlib.suppress(ValueError):
+            ray.kill(find(name), no_restart=True)

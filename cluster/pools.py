@@ -156,7 +156,7 @@ class Pools:
     def start_routers(self) -> dict[str, ActorHandle]:
         """All replicas, by name; their first answer comes when they listen."""
         return {
-            f"{ROUTER}-{index}": self._start_router(f"{ROUTER}-{index}", of_replica(self._settings, index))
+            router_name(index): self._start_router(router_name(index), of_replica(self._settings, index))
             for index in range(self._settings.router.replicas)
         }
 
@@ -233,6 +233,10 @@ def first_role(name: str) -> Role:
 def find(name: str) -> ActorHandle:
     """A named actor. Raises ValueError if there is none."""
     return ray.get_actor(name)
+
+
+def router_name(index: int) -> str:
+    return f"{ROUTER}-{index}"
 
 
 def router_names() -> list[str]:

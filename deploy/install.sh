@@ -6,6 +6,11 @@ run=$(cd "$(dirname "$0")" && pwd)
 # shellcheck source=source.env
 . "$run/source.env"
 
+if [[ $REPOSITORY == */OWNER/* ]]; then
+  echo "error: $REPOSITORY in deploy/source.env is an example. Set REPOSITORY to where your nodes can clone Tidemill" \
+    "from, and COMMIT to one commit of it; then run \`ray up\` again." >&2
+  exit 1
+fi
 test -d ~/tidemill/.git || git clone --quiet --no-checkout "$REPOSITORY" ~/tidemill
 cd ~/tidemill
 git cat-file -e "$COMMIT^{commit}" 2>/dev/null || git fetch --quiet origin

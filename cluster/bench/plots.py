@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from cluster.bench.summary import ALL, OK, ClassSummary, Exchange
 from tidemill import Slo
@@ -53,7 +54,17 @@ def plot_distributions(path: Path, exchanges: Iterable[Exchange], goals: Mapping
                 _cdf(axis, [getattr(e, field) for e in answered if e.arrival.slo_class == name], name, color)
                 axis.axvline(1e3 * getattr(goal, field), linestyle=":", color=color)
         axis.set(xlabel=f"{label}, ms", ylabel="share of requests, %", ylim=(0, 101), xscale="log")
+        _mark_plainly(axis)
     _finish(figure, axes, path)
+
+
+def _mark_plainly(axis: Axes) -> None:
+    """A logarithmic axis says 20, 50, 100 instead of powers of ten, and something however little of it is shown."""
+    low, high = axis.get_xlim()
+    subs = (1.0, 2.0, 5.0) if high < 200 * low else (1.0,)
+    axis.xaxis.set_major_locator(LogLocator(subs=subs) if high > 5 * low else MaxNLocator(5))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _cdf(axis: Axes, seconds: Iterable[float], label: str, color: tuple[float, float, float, float]) -> None:

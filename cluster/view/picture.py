@@ -101,7 +101,7 @@ def _workers(pools: Sequence[PoolLine], workers: Sequence[WorkerLine], rows: int
     room = _shared_out([sum(each.role == pool.role for each in workers) for pool in pools], rows - len(pools))
     for pool, shown in zip(pools, room, strict=True):
         ours = [each for each in workers if each.role == pool.role]
-        hidden = f" +{len(ours) - shown}" if shown < len(ours) else ""
+        hidden = f" +{len(ours) - shown} more" if shown < len(ours) else ""
         table.add_row(
             *(f"{pool.role} ({pool.workers}){hidden}", f"{pool.serving} serving", f"{pool.running}", f"{pool.queued}"),
             *(_kv(pool.kv_share), "", percent(pool.busy_share), "" if pool.role == "draft" else f"{pool.rate:,.0f}"),

@@ -28,7 +28,6 @@ from tidemill.core.settings import NodeTlsSettings
 pytestmark = pytest.mark.timeout(240)
 TOKEN = "t0p-s3cret-b3arer-t0ken"
 DRAIN_S, AFTER_DRAIN_S = 3.0, 15.0
-RAYS_OWN_PORTS = range(10_002, 20_000)  # of every Ray worker process: on all addresses, whoever calls needs Ray's token
 SHARED_MEMORY = Path("/dev/shm")
 ANSWER = 60  # tokens
 
@@ -58,13 +57,17 @@ class Traces:
         ports = {connection.laddr.port for connection in listening(processes)}
         return cls(processes, ports, named | mapped, Path(state["folder"]))
 
-    def assert_gone(self) -> None:
+    def assert_ended(self) -> None:
+        """What another cluster at the same address does not have as well."""
         _, alive = psutil.wait_procs(self.processes, timeout=5)
         assert not alive, f"left running: {alive}"
+        assert not self.folder.exists()
+
+    def assert_gone(self) -> None:
+        self.assert_ended()
         still = {c.laddr.port for c in psutil.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
         assert not self.ports & still
         assert not [path for path in self.shared if path.exists()]
-        assert not self.folder.exists()
 
 
 def state_file(operator: Operator, name: str) -> Path:
@@ -109,15 +112,14 @@ def operator(tmp_path: Path) -> Operator:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_demonstration_told_to_end_takes_its_cluster_along(operator: Operator, number: signal.Signals) -> None:
-    """While it runs, what router, controller, workers and their links listen on is loopback."""
+    """While it runs all that it listens on is loopback: router, controller, workers, their links, and Ray's own."""
     with started(operator, "demo", "--requests", "200", "--max-tokens", "400") as demo:
         address = wait_for_router(operator, "test-demo", demo)
         with Client(address) as client:
             assert client.generate("def f(x):", max_tokens=5).summary.output_tokens == 5
         traces = Traces.of(operator, "test-demo")
-        actors = [each for each in traces.processes if "Actor" in each.name()]
-        found = [each.laddr for each in listening(actors) if each.laddr.port not in RAYS_OWN_PORTS]
-        assert len(found) > 10, "a router, a controller and four workers, with metrics and links"
+        found = {each.laddr for each in listening(traces.processes)}
+        assert len(found) > 30, "Ray has some 20, then there are a router, a controller and four workers"
         strangers = [each for each in found if not is_loopback(each.ip)]
         assert not strangers
         demo.send_signal(number)
@@ -141,6 +143,28 @@ def test_an_up_told_to_end_before_ray_is_there_leaves_nothing(operator: Operator
     assert not alive
     assert not list(folder.glob("tidemill-*"))
     assert not state_file(operator, "test").exists()
+
+
+def test_an_up_interrupted_midway_takes_down_what_it_has_started(operator: Operator) -> None:
+    with started(operator, "up") as up:
+        wait_for_line(up, "starting the router and the workers")
+        traces = Traces.of(operator)
+        up.send_signal(signal.SIGINT)
+        said, _ = up.communicate(timeout=30)
+        assert up.returncode == 128 + signal.SIGINT
+    assert said.endswith("everything is down\ninterrupted\n")
+    traces.assert_gone()
+    assert not state_file(operator, "test").exists()
+
+
+def wait_for_line(process: subprocess.Popen[str], part: str) -> None:
+    """Of what it prints, which is read up to there."""
+    assert process.stdout is not None
+    said = ""
+    while part not in said:
+        line = process.stdout.readline()
+        assert line, said
+        said += line
 
 
 def wait_until(condition: Any, seconds: float = 90.0) -> None:
@@ -278,6 +302,41 @@ def test_down_lets_requests_end_refuses_new_ones_and_leaves_nothing(guarded: Gua
     assert set(refused) == {Unavailable}
     traces.assert_gone()
     assert not state_file(guarded.operator, "test").exists()
+
+
+# --- kill -9 ----------------------------------------------------------------------------------------------------
+
+
+def test_down_ends_a_ray_whose_up_was_killed_before_it_answered(operator: Operator) -> None:
+    with started(operator, "up") as up:
+        wait_until(state_file(operator, "test").exists)
+        up.kill()
+        up.wait()
+    traces = Traces.of(operator)
+    done = operator.run("down", "--name", "test")
+    assert (done.returncode, "everything is down" in done.stderr) == (0, True), done.stderr
+    traces.assert_gone()
+
+
+def test_what_a_killed_up_left_is_replaced_and_what_a_killed_head_left_is_ended(operator: Operator) -> None:
+    with started(operator, "up") as up:
+        wait_for_line(up, "starting the router and the workers")
+        up.kill()
+        up.wait()
+    left = Traces.of(operator)
+    done = operator.run("up", "-c", str(operator.config))
+    assert (done.returncode, "what is left of an `up` that did not finish" in done.stderr) == (0, True), done.stderr
+    left.assert_ended()
+    traces = Traces.of(operator)
+    kept = operator.run("up", "-c", str(operator.config), "--if-down")
+    assert (kept.returncode, f"the router listens at 127.0.0.1:{operator.port}" in kept.stdout) == (0, True)
+    traces.processes[0].kill()
+    told = operator.run("status", "--name", "test")
+    assert told.returncode == 1
+    assert re.search("has died; `tidemill down` ends what is left|no cluster 'test' is up", told.stderr), told.stderr
+    operator.run("down", "--name", "test")
+    traces.assert_gone()
+    assert "no cluster 'test' is up" in operator.run("down", "--name", "test").stderr
 
 
 # --- a head that died -------------------------------------------------------------------------------------------

@@ -72,7 +72,12 @@ def test_status_shows_every_worker(up: Operator) -> None:
     roles = sorted(worker["role"] for worker in status["workers"])
     assert roles == ["draft", "prefill", "verify", "verify"]
     assert {worker["state"] for worker in status["workers"]} == {"serving"}
-    assert "verify-1@" in up.run("status", "--name", "test").stdout
+    up.env["COLUMNS"] = "80"
+    shown = up.run("status", "--name", "test").stdout
+    up.env["COLUMNS"] = "200"
+    for worker in status["workers"]:
+        (line,) = [line for line in shown.splitlines() if line.startswith(worker["worker"].partition("@")[0])]
+        assert {worker["role"], "serving", str(worker["pid"]), worker["metrics_address"]} <= set(line.split())
 
 
 def test_top_and_trace_tell_of_the_requests(up: Operator) -> None:

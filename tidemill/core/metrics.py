@@ -222,7 +222,8 @@ GOALS_OUT_OF_REACH = _counter(
     "Relax the goal, add verify workers, or improve the draft.", "slo_class",
 )  # fmt: skip
 SELECTION_TIME = _latency(
-    "draft_selection", "Time to choose the nodes of one step.", "Above 1 % of a step: lower max_nodes.",
+    "draft_selection", "Time to choose the nodes of one step, before they are handed to the engine.",
+    "Above 1 % of a step: lower max_nodes.",
 )  # fmt: skip
 ERRORS = _counter("worker_errors_total", "Requests a worker gave up, by failure.", "See the worker's log.", "failure")
 REPORTS = _counter("worker_reports_total", "Messages sent to routers: at most one a turn and router.", "Follows steps.")

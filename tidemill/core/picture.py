@@ -128,7 +128,7 @@ def picture(
 ) -> Picture:
     """`decisions`: the newest last; `wall`: seconds of wall time."""
     order = {role: place for place, role in enumerate(Role)}
-    known = sorted(telemetry.workers, key=lambda each: (order[each.role], each.worker.name))
+    known = sorted(telemetry.workers, key=lambda each: (order[each.role], *_numbered(each.worker.name)))
     rates = {role: _rates(points, history.step_s) for role, points in history.roles}
     arrivals = [sum(each) for each in zip(*([t.arrived for t in points] for _, points in history.classes), strict=True)]
     return Picture(
@@ -145,6 +145,12 @@ def picture(
         tuple(_class(name, points) for name, points in history.classes),
         tuple(DecisionLine(each.at, each.reason, each.changes, dict(each.loads)) for each in reversed(decisions)),
     )
+
+
+def _numbered(name: str) -> tuple[str, int]:
+    """verify-2 comes before verify-10."""
+    stem, _, number = name.rpartition("-")
+    return (stem, int(number)) if number.isdecimal() else (name, 0)
 
 
 def _rates(points: Sequence[Progress], step_s: float) -> list[float]:

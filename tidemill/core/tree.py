@@ -64,11 +64,6 @@ class TokenTree:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @property
-    def is_chain(self) -> bool:
-        """True if no two nodes share a parent and they come in order."""
-        return all(parent == node - 1 for node, parent in enumerate(self.parents))
-
     def depths(self) -> list[int]:
         """Of each node; children of the root have depth 1."""
         depths: list[int] = []
@@ -86,15 +81,25 @@ class TokenTree:
 
     def child(self, parent: int, token: int) -> int | None:
         """The child of `parent` that carries `token`."""
-        for node in range(parent + 1, len(self.tokens)):
-            if self.parents[node] == parent and self.tokens[node] == token:
+        tokens, parents = self.tokens, self.parents
+        for node in range(parent + 1, len(tokens)):
+            if tokens[node] == token and parents[node] == parent:
                 return node
         return None
+
+    def find(self, tokens: Iterable[int], root: int = ROOT) -> int | None:
+        """The node that `tokens` lead to from `root`, and `root` itself if there are none; None if no path has them."""
+        node: int | None = root
+        for token in tokens:
+            if node is None:
+                break
+            node = self.child(node, token)
+        return node
 
     def path_chances(self) -> tuple[float, ...]:
         """How likely the target takes the whole path to each node; 1 where chances are not known.
 
-        Computed once: whoever chooses among trees asks again and again.
+        Computed once: whoever grows a tree asks more than once.
         """
         if self._path_chances is None:
             chances: list[float] = []
@@ -104,16 +109,15 @@ class TokenTree:
         assert self._path_chances is not None
         return self._path_chances
 
-    def rated(self, chances: Iterable[float]) -> "TokenTree":
-        """The same tree with these chances."""
-        return self._known(self.tokens, self.parents, tuple(chances))
-
     @classmethod
     def _known(cls, tokens: tuple[int, ...], parents: tuple[int, ...], chances: tuple[float, ...]) -> "TokenTree":
         """One that is derived from a tree, and so is one: it is not checked again."""
         tree = object.__new__(cls)
-        for name, value in (("tokens", tokens), ("parents", parents), ("chances", chances), ("_path_chances", None)):
-            object.__setattr__(tree, name, value)
+        put = object.__setattr__
+        put(tree, "tokens", tokens)
+        put(tree, "parents", parents)
+        put(tree, "chances", chances)
+        put(tree, "_path_chances", None)
         return tree
 
     def best_chain(self, longest: int) -> list[int]:
@@ -132,10 +136,17 @@ class TokenTree:
             chain.append(self.tokens[node])
         return chain
 
-    def subset(self, nodes: Iterable[int]) -> "TokenTree":
-        """The tree of these nodes, in their order; every node's parent is among them, or is the root."""
+    def subset(self, nodes: Iterable[int], root: int = ROOT) -> "TokenTree":
+        """The tree of these nodes, in their order; every node's parent is among them, or is `root`."""
         kept = sorted(set(nodes))
-        return self if len(kept) == len(self.tokens) else self._part(kept, ROOT)
+        if len(kept) == len(self.tokens):
+            return self
+        place = dict(zip((root, *kept), count(ROOT), strict=False))
+        return self._known(
+            tuple([self.tokens[node] for node in kept]),
+            tuple([place[self.parents[node]] for node in kept]),
+            tuple([self.chances[node] for node in kept]) if self.chances else (),
+        )
 
     def up_to(self, depth: int) -> "TokenTree":
         """Its nodes of at most this depth."""
@@ -145,28 +156,6 @@ class TokenTree:
         if max(depths, default=0) <= depth:
             return self
         return self.subset(node for node, own in enumerate(depths) if own <= depth)
-
-    def after(self, tokens: Sequence[int]) -> "TokenTree | None":
-        """What is left of the tree once `tokens` are committed; None if no path carries them all."""
-        root = ROOT
-        for token in tokens:
-            child = self.child(root, token)
-            if child is None:
-                return None
-            root = child
-        below = {root}
-        for node in range(root + 1, len(self.tokens)):
-            if self.parents[node] in below:
-                below.add(node)
-        return self._part(sorted(below - {root}), root)
-
-    def _part(self, nodes: list[int], root: int) -> "TokenTree":
-        place = {root: ROOT} | {node: index for index, node in enumerate(nodes)}
-        return self._known(
-            tuple([self.tokens[node] for node in nodes]),
-            tuple([place[self.parents[node]] for node in nodes]),
-            tuple([self.chances[node] for node in nodes]) if self.chances else (),
-        )
 
 
 EMPTY = TokenTree()

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from tidemill.core.messages import Draft
-from tidemill.core.tree import EMPTY, TokenTree, prefix_hash
+from tidemill.core.tree import EMPTY, prefix_hash
+from workers.speculation.branches import Branch
 
+REMOTE = "draft"  # the source that draft workers are
 BASES = 16  # lengths a request's draft may refer to: those last told to the draft worker
 
 
@@ -24,16 +26,18 @@ class Fate(StrEnum):
     FOREIGN = "foreign"  # for a request, or tokens, that this worker knows nothing of
 
 
+NOTHING = Branch.of(EMPTY, REMOTE, Fate.BRANCH)
+
+
 @dataclass(slots=True)
 class _Known:
     tokens: list[int]  # all of the request's; whoever opened it appends what is committed
-    hashes: dict[int, int]  # length -> hash of so many tokens, for lengths told to the draft worker
-    best: TokenTree = EMPTY  # after all tokens
-    fresh: bool = False  # it was drafted from all tokens, not from fewer
+    hashes: dict[int, int]  # length -> hash of so many tokens, for lengths told to the draft worker, shortest first
+    best: Branch = NOTHING  # after all tokens
 
 
 class BranchCache:
-    """The best tree at hand for each request that drafts."""
+    """The best branch at hand for each request that drafts."""
 
     def __init__(self) -> None:
         self._known: dict[str, _Known] = {}
@@ -55,37 +59,31 @@ class BranchCache:
         """The request has these tokens more: only the branch that begins with them is of use, without them."""
         known = self._known.get(request_id)
         if known is not None:
-            known.best = known.best.after(tokens) or EMPTY
-            known.fresh = False
+            known.best = known.best.after(tokens, Fate.BRANCH) or NOTHING
 
     def told(self, request_id: str) -> None:
         """The draft worker is being told all tokens there are; its drafts may refer to them from now on."""
         known = self._known.get(request_id)
         if known is not None and len(known.tokens) not in known.hashes:
-            last = max(known.hashes)
+            last = next(reversed(known.hashes))
             known.hashes[len(known.tokens)] = prefix_hash(known.tokens[last:], known.hashes[last])
             if len(known.hashes) > BASES:
-                del known.hashes[min(known.hashes)]
+                del known.hashes[next(iter(known.hashes))]
 
     def put(self, draft: Draft) -> Fate:
         """Keep what of a draft still fits, if it is more than what is here."""
         known = self._known.get(draft.request_id)
         if known is None or known.hashes.get(draft.base) != draft.prefix:
             return Fate.FOREIGN
-        tree = draft.tree.after(known.tokens[draft.base :])
-        if tree is None:
+        fate = Fate.FRESH if draft.base == len(known.tokens) else Fate.BRANCH
+        branch = Branch.of(draft.tree, REMOTE, fate).after(known.tokens[draft.base :], fate)
+        if branch is None:
             return Fate.STALE
-        fresh = draft.base == len(known.tokens)
-        if expected_tokens(tree) >= expected_tokens(known.best):
-            known.best, known.fresh = tree, fresh
-        return Fate.FRESH if fresh else Fate.BRANCH
+        if branch.expected_tokens() >= known.best.expected_tokens():
+            known.best = branch
+        return fate
 
-    def tree(self, request_id: str) -> tuple[TokenTree, Fate]:
-        """The request's tree, and whether it is FRESH or a BRANCH of an earlier one; empty if there is none."""
+    def branch(self, request_id: str) -> Branch:
+        """What is at hand for a request: FRESH, drafted from all its tokens, or a BRANCH of an earlier draft."""
         known = self._known.get(request_id)
-        return (known.best, Fate.FRESH if known.fresh else Fate.BRANCH) if known is not None else (EMPTY, Fate.BRANCH)
-
-
-def expected_tokens(tree: TokenTree) -> float:
-    """How many of the tree's tokens the target is expected to take (AdaServe: the sum of all path chances)."""
-    return sum(tree.path_chances())
+        return known.best if known is not None else NOTHING

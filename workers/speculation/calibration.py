@@ -1,27 +1,27 @@
 """What a draft's chances are worth: how often the target really takes a node, given that it took the node's parent.
 
 A draft model's own probability says how sure it is, not how right. Each source of drafts is measured by the raw chance
-of a node, in bins that are narrow near 0 and 1, where draft models live; and by depth and by rank, for metrics and for
-static trees. Depth is not told apart in the calibration: once the parent was taken, the draft model and the target have
-read the same text, however deep the node lies.
+of a node, in bins that are narrow near 0 and 1, where draft models live. Depth is not told apart: once the parent was
+taken, the draft model and the target have read the same text, however deep the node lies.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from tidemill.core.tree import ROOT, TokenTree
 
 EDGES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)  # between bins
-RANK_PRIOR = (0.6, 0.12, 0.05, 0.03, 0.02, 0.01, 0.01, 0.01)  # a child's chance by its place among its siblings
-DEPTH_PRIOR = 0.6
-MAX_DEPTH = 16  # nodes further down are counted with those at this depth
 STRENGTH = 8.0  # observations that a prior counts for
 MEMORY = 1000.0  # and after which what was counted is halved
 ALPHA_MEMORY = 128.0  # the same for one request, whose text changes
 _CELLS = 256  # of the table that chances are looked up in
+_MIDDLES = (np.arange(_CELLS + 1) + 0.5) / _CELLS
 _CENTRES = tuple((low + high) / 2 for low, high in zip((0.0, *EDGES), (*EDGES, 1.0), strict=True))
+
+Floats = npt.NDArray[np.float64]
 
 
 class Rates:
@@ -43,11 +43,15 @@ class Rates:
             self._tried[cell] /= 2
             self._taken[cell] /= 2
 
-    def values(self, priors: Sequence[float] | None = None) -> list[float]:
-        """Of all cells, 0 to 1: their priors before the first observation. Other priors may be put in their place."""
+    def value(self, cell: int) -> float:
+        """0 to 1: its prior before the first observation."""
+        return (self._taken[cell] + STRENGTH * self._priors[cell]) / (self._tried[cell] + STRENGTH)
+
+    def values(self, priors: Sequence[float]) -> list[float]:
+        """Of all cells, with these priors in place of their own."""
         return [
             (taken + STRENGTH * prior) / (tried + STRENGTH)
-            for taken, tried, prior in zip(self._taken, self._tried, priors or self._priors, strict=True)
+            for taken, tried, prior in zip(self._taken, self._tried, priors, strict=True)
         ]
 
 
@@ -70,7 +74,7 @@ class Alpha:
     @property
     def value(self) -> float:
         """0 to 1."""
-        return self._rates.values()[0]
+        return self._rates.value(0)
 
 
 class _Source:
@@ -79,24 +83,19 @@ class _Source:
     def __init__(self) -> None:
         self.bins = Rates(_CENTRES)
         self.means = list(_CENTRES)  # mean raw chance of each bin's latest observations
-        self.ranks = Rates(RANK_PRIOR)
-        self.depths = Rates([DEPTH_PRIOR] * MAX_DEPTH)
-        self._table: list[float] | None = None
+        self._table: Floats | None = None
 
-    def observe(self, chance: float, taken: bool, rank: int, depth: int) -> None:
+    def observe(self, chance: float, taken: bool) -> None:
         place = bisect_right(EDGES, chance)
         self.bins.observe(place, taken)
         self.means[place] += (chance - self.means[place]) / 64
-        self.ranks.observe(min(rank, len(RANK_PRIOR) - 1), taken)
-        self.depths.observe(min(depth, MAX_DEPTH) - 1, taken)
         self._table = None
 
     @property
-    def table(self) -> list[float]:
+    def table(self) -> Floats:
         """Calibrated chance by raw chance, straight lines between the bins; made when first needed after a change."""
         if self._table is None:
-            cells = (np.arange(_CELLS + 1) + 0.5) / _CELLS
-            self._table = np.interp(cells, [0.0, *self.means], [0.0, *self.bins.values(self.means)]).tolist()
+            self._table = np.interp(_MIDDLES, [0.0, *self.means], [0.0, *self.bins.values(self.means)])
         return self._table
 
 
@@ -110,37 +109,21 @@ class Calibration:
     def __init__(self) -> None:
         self._sources: dict[str, _Source] = {}
 
-    def observe(self, source: str, chance: float, taken: bool, rank: int = 0, depth: int = 1) -> None:
-        """A node of raw `chance`, 0 to 1, the `rank`-th (from 0) of its siblings, at `depth` (from 1)."""
-        self._known(source).observe(chance, taken, rank, depth)
+    def observe(self, source: str, chance: float, taken: bool) -> None:
+        """A node of raw `chance`, 0 to 1."""
+        self._known(source).observe(chance, taken)
 
     def observe_verdict(self, source: str, tree: TokenTree, accepted: Sequence[int]) -> None:
         """All that a verdict tells: `tree` as verified, with raw chances, and its accepted nodes from the top down."""
         known = self._known(source)
-        depths = {node: depth for depth, node in enumerate((ROOT, *accepted))}
-        ranks = dict.fromkeys(depths, 0)
+        taken = {ROOT, *accepted}
         for node, parent in enumerate(tree.parents):
-            if parent in depths:
-                chance = tree.chances[node] if tree.chances else 1.0
-                known.observe(chance, node in depths, ranks[parent], depths[parent] + 1)
-                ranks[parent] += 1
+            if parent in taken:
+                known.observe(tree.chances[node] if tree.chances else 1.0, node in taken)
 
-    def chance(self, source: str, raw: float) -> float:
-        """Measured chance that the target takes a node of this raw chance, given that it took the parent."""
-        return self.calibrated(source, (raw,))[0]
-
-    def calibrated(self, source: str, chances: Iterable[float]) -> list[float]:
-        """`chance` of many at once."""
-        table = self._known(source).table
-        return [table[int(chance * _CELLS)] for chance in chances]
-
-    def by_rank(self, source: str) -> tuple[float, ...]:
-        """Chance that a node's first, second, ... child is taken: what Sequoia (arXiv 2402.12374) builds trees from."""
-        return tuple(self._known(source).ranks.values())
-
-    def by_depth(self, source: str) -> tuple[float, ...]:
-        """Chance that a node at depth 1, 2, ... is taken once its parent was; for metrics."""
-        return tuple(self._known(source).depths.values())
+    def calibrated(self, source: str, chances: Floats) -> Floats:
+        """Measured chances that the target takes nodes of these raw chances, given that it took their parents."""
+        return self._known(source).table[(chances * _CELLS).astype(np.intp)]
 
     def _known(self, source: str) -> _Source:
         known = self._sources.get(source)

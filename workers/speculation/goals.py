@@ -13,29 +13,57 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from math import ceil
 
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+
 STRICTER = 0.97  # the goal that is aimed at, of the one that is asked for
 TTFT_SHARE = 0.85  # of the time to the first token, after which a prompt is to be done
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """A decoding request. `decoded` tokens came in the `elapsed_s` since the first; at most `remaining` more will."""
+    """Of the decoding requests, [requests]: `decoded` tokens came in the `elapsed_s` since the first, and at most
+    `remaining` more will.
+    """
 
-    elapsed_s: float
-    decoded: int
-    remaining: int
-    tpot_s: float
-    late: bool = False  # its first token was
+    elapsed_s: Floats
+    decoded: Floats
+    remaining: Floats
+    tpot_s: Floats
+    late: Flags  # its first token was
 
     @property
-    def behind(self) -> bool:
-        """True if it is later than its goal asks for."""
+    def behind(self) -> Flags:
+        """Those that are later than their goal asks for."""
         return self.elapsed_s > self.decoded * STRICTER * self.tpot_s
 
-    def lost(self, best_tpot_s: float) -> bool:
-        """True if it misses its goal even with a token every `best_tpot_s` from here on."""
+    def lost(self, best_tpot_s: float) -> Flags:
+        """Those that miss their goal even with a token every `best_tpot_s` from here on."""
         least_s = self.elapsed_s + self.remaining * best_tpot_s
-        return self.late or least_s > (self.decoded + self.remaining) * self.tpot_s
+        return self.late | (least_s > (self.decoded + self.remaining) * self.tpot_s)
+
+    def needs(self, round_s: float) -> Floats:
+        """Tokens that each must gain in a round of `round_s` to be on time after it; less than 1 if it is ahead."""
+        return (self.elapsed_s + round_s) / self.tpot_s - self.decoded
+
+
+@dataclass(frozen=True, slots=True)
+class Goals:
+    """Of requests, [requests], what does not change after their first tokens. Lengths and times are absolute."""
+
+    first_at: Floats
+    first_length: Floats
+    longest: Floats  # lengths when they are over
+    tpot_s: Floats
+    late: Flags
+
+    def progress(self, lengths: Floats, now: float) -> Progress:
+        return Progress(
+            now - self.first_at, lengths - self.first_length, self.longest - lengths, self.tpot_s, self.late
+        )
 
 
 @dataclass(frozen=True, slots=True)

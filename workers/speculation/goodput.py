@@ -8,6 +8,7 @@ Acceptance alone decides nothing: the same alpha that speeds up one request slow
 bounds depth and width by the number of requests: what a step verifies at almost no extra time is shared by all.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -145,8 +146,11 @@ def verify_budget(times: StepTimes, requests: int, context: float, tolerance: fl
 
     `context`: tokens, summed over the requests; more rows read it more often. From `requests` to `max_rows`.
     """
-    rows = np.arange(max(requests, 1), max_rows + 1)
-    if not rows.size:
-        return requests
-    seconds = times.levels(rows) + times.slope * context / max(requests, 1) * rows + times.kv_slope * context
-    return int(rows[np.searchsorted(seconds, seconds[0] * (1.0 + tolerance), side="right") - 1])
+    least = max(requests, 1)
+    attended = times.slope * context / least
+
+    def seconds(rows: int) -> float:
+        return times.level(rows) + attended * rows + times.kv_slope * context
+
+    longest_s = seconds(least) * (1.0 + tolerance)
+    return max(bisect_right(range(max_rows + 1), longest_s, lo=least, key=seconds) - 1, requests)

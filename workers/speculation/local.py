@@ -1,13 +1,15 @@
 """Drafts that a verify worker makes itself: from texts it has seen, or with its model's own first layers."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from tidemill.core.model import Request
 from tidemill.core.settings import SpeculationSettings
-from tidemill.core.tree import Shape, TokenTree
+from tidemill.core.tree import EMPTY, Shape, TokenTree
 from workers.engine.base import Engine, Successors
+from workers.speculation.branches import Branch
 from workers.speculation.sources.base import Source
 from workers.speculation.sources.lookup import Lookup
 from workers.speculation.sources.recycling import SUCCESSORS, Recycling
@@ -16,8 +18,8 @@ from workers.speculation.sources.trigram import Trigram
 
 EARLY_LAYERS = "early_layers"
 RECYCLING = "recycling"
+LOCAL = "local"  # how their branches are come by
 Asked = tuple[Request, list[int], int]  # a request that decodes, all its tokens, and how many more are of use
-Drafted = tuple[TokenTree, str]  # and its source
 
 
 class LocalDrafts:
@@ -36,19 +38,25 @@ class LocalDrafts:
         }
         engine.tell_successors(SUCCESSORS if RECYCLING in self._sources else 0)
 
-    def propose(self, asked: Sequence[Asked], shape: Shape) -> list[list[Drafted]]:
-        """For each request the trees of all sources, within `shape`."""
-        early = self._foresee(asked, shape)
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Their names."""
+        return (*self._sources, *([EARLY_LAYERS] if self._early_layers else []))
+
+    def propose(self, asked: Sequence[Asked], shape: Shape) -> list[list[Branch]]:
+        """For each source the trees of all requests, within `shape`."""
         return [
-            [*self._from_texts(each, shape), *([(early[each[0].id], EARLY_LAYERS)] if each[0].id in early else [])]
-            for each in asked
+            [Branch.of(tree, source, LOCAL) for tree in self._trees(source, asked, shape)] for source in self.sources
         ]
 
-    def _from_texts(self, asked: Asked, shape: Shape) -> list[Drafted]:
-        request, tokens, room = asked
-        own = Shape(min(shape.depth, room), shape.width, shape.nodes)
+    def _trees(self, source: str, asked: Sequence[Asked], shape: Shape) -> list[TokenTree]:
+        if source == EARLY_LAYERS:
+            found = self._foresee(asked, shape)
+            return [found.get(request.id, EMPTY) for request, _, _ in asked]
+        texts = self._sources[source]
         return [
-            (source.of(request.tenant).propose(request.id, tokens, own), name) for name, source in self._sources.items()
+            texts.of(request.tenant).propose(request.id, tokens, replace(shape, depth=min(shape.depth, room)))
+            for request, tokens, room in asked
         ]
 
     def _foresee(self, asked: Sequence[Asked], shape: Shape) -> dict[str, TokenTree]:

@@ -8,11 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
+import numpy as np
+
 from tidemill.core.model import Decision
 from tidemill.core.settings import SpeculationSettings
 from tidemill.core.tree import Shape
 from workers.engine.base import StepOutput
 from workers.speculation.branch_cache import Fate
+from workers.speculation.branches import Floats
 from workers.speculation.goodput import (
     NO_DRAFTS,
     Conditions,
@@ -22,7 +25,7 @@ from workers.speculation.goodput import (
     verify_budget,
 )
 from workers.speculation.remote import NextAnswer
-from workers.speculation.selection import Budget, Candidate, Selection
+from workers.speculation.selection import Budget, Selection
 from workers.speculation.step_time import StepTimes
 
 MAX_ROWS = 256  # of all drafts in a step
@@ -35,10 +38,10 @@ OVERDUE = 0.25  # rounds that an answer which should be here is still expected t
 
 @dataclass(frozen=True, slots=True)
 class AtHand:
-    """Tokens expected of the drafts that a request has, and its chance that one more drafted token is accepted."""
+    """Of requests that draft, [requests]."""
 
-    tokens: float
-    alpha: float
+    tokens: Floats  # expected of the drafts that it has
+    alphas: Floats  # its chance that one more drafted token is accepted
 
 
 class Pace:
@@ -82,14 +85,13 @@ class Pace:
             self._times.observe(rows, context, output.seconds, kv, prompts)
             self._prompts_s += MEMORY * (prompts * self._times.prompt_slope - self._prompts_s)
 
-    def chosen(self, candidates: Sequence[Candidate], selection: Selection, fates: Sequence[str]) -> None:
+    def chosen(self, selection: Selection, fates: Sequence[str]) -> None:
         """What was chosen for a step tells what a fresh tree is worth."""
-        for candidate, nodes, fate in zip(candidates, selection.nodes, fates, strict=True):
+        for nodes, expected, fate in zip(selection.nodes, selection.expected, fates, strict=True):
             if nodes:
                 self._nodes += MEMORY / 4 * (len(nodes) - self._nodes)
-            if fate == Fate.FRESH and nodes:
-                chances = candidate.tree.path_chances()
-                self._fresh_tokens += MEMORY * (sum(chances[node] for node in nodes) - self._fresh_tokens)
+                if fate == Fate.FRESH:
+                    self._fresh_tokens += MEMORY * (expected - 1.0 - self._fresh_tokens)
 
     # --- deciding -----------------------------------------------------------------------------------------------
 
@@ -141,15 +143,15 @@ class Pace:
         """A fit that was never measured makes everything worth verifying."""
         return self._times if self._settings.adaptive else StepTimes()
 
-    def budget(self, requests: int, context: int) -> Budget:
-        """Rows of the next step."""
+    def budget(self, requests: int, context: float) -> Budget:
+        """Rows of the next step. `context`: tokens, summed over the requests."""
         most = requests + MAX_ROWS
         if not (self._settings.adaptive and self._times.ready):
             return Budget(most, most, self._settings.max_nodes)
         rows = verify_budget(self._times, requests, context, self._settings.tolerance, most)
         return Budget(rows, most, self._settings.max_nodes)
 
-    def wait_until(self, at_hand: Sequence[AtHand], answer: NextAnswer, now: float) -> float | None:
+    def wait_until(self, at_hand: AtHand, answer: NextAnswer, now: float) -> float | None:
         """Until when the next step should wait; None: not at all.
 
         A step that does not wait gives 1 + h tokens, h being expected of what is at hand, and the answer will still be
@@ -158,27 +160,29 @@ class Pace:
         lack: what the answer adds must be worth the time that it takes, to come and to be verified.
         """
         if not self._settings.adaptive:
-            return answer.deadline if any(not each.tokens for each in at_hand) else None
+            return answer.deadline if not at_hand.tokens.all() else None
         if self._decided is not None and self._decided.choice == NO_DRAFTS:
             return None
-        lacking = [each for each in at_hand if each.tokens < self._fresh_tokens]
-        brought = sum(1.0 + each.tokens - chain_tokens(each.alpha, 1.0 + each.tokens) for each in lacking)
+        lacking = at_hand.tokens < self._fresh_tokens
+        given, alphas = 1.0 + at_hand.tokens[lacking], at_hand.alphas[lacking]
+        brought = float((given - chain_tokens(alphas, given)).sum())
         wait_s = max(answer.expected_at - now, OVERDUE * self.round_s)
         worth_s = self._step_s - brought / self._tokens * self.round_s
-        return answer.deadline if lacking and wait_s < min(worth_s, self._gain_s(at_hand)) else None
+        return answer.deadline if lacking.any() and wait_s < min(worth_s, self._gain_s(at_hand)) else None
 
-    def _gain_s(self, at_hand: Sequence[AtHand]) -> float:
+    def _gain_s(self, at_hand: AtHand) -> float:
         """What fresh drafts would add to a step, as time that so many tokens take; less what verifying them takes."""
         depth = self._decided.choice.depth if self._decided is not None else self._settings.max_depth
-        fresh = [chain_tokens(each.alpha, depth) for each in at_hand]
-        added = [max(best - each.tokens, 0.0) for best, each in zip(fresh, at_hand, strict=True)]
-        gain_s = sum(added) / self._tokens * max(self.round_s - self._prompts_s, 0.0)  # prompts take what they take
+        fresh = chain_tokens(at_hand.alphas, depth)
+        added = np.maximum(fresh - at_hand.tokens, 0.0)
+        # Prompts take what they take.
+        gain_s = float(added.sum()) / self._tokens * max(self.round_s - self._prompts_s, 0.0)
         if not self._times.ready:
             return gain_s
-        nodes = self._nodes * sum(more / best for more, best in zip(added, fresh, strict=True) if best)
-        return gain_s - self._times.marginal(len(at_hand) * (1.0 + self._nodes) - nodes, nodes, 0.0)
+        nodes = self._nodes * float(np.divide(added, fresh, out=np.zeros_like(added), where=fresh > 0.0).sum())
+        return gain_s - self._times.marginal(added.size * (1.0 + self._nodes) - nodes, nodes, 0.0)
 
 
-def chain_tokens(alpha: float, levels: float) -> float:
-    """Expected of a chain of so many levels, of each of which the target takes the token with chance `alpha` < 1."""
-    return alpha * (1.0 - alpha**levels) / (1.0 - alpha)
+def chain_tokens(alphas: Floats, levels: Floats | float) -> Floats:
+    """Expected of chains of so many levels, of each of which the target takes the token with chance `alphas` < 1."""
+    return alphas * (1.0 - alphas**levels) / (1.0 - alphas)

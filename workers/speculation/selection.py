@@ -18,14 +18,11 @@ from enum import StrEnum
 from itertools import chain
 
 import numpy as np
-import numpy.typing as npt
 
 from tidemill.core.model import Decision
-from tidemill.core.tree import TokenTree
+from workers.speculation.branches import Floats, Weights
 from workers.speculation.step_time import StepTimes
 
-Floats = npt.NDArray[np.float64]
-Ids = npt.NDArray[np.intp]
 _ROUNDING = 1e-9  # tokens: what sums of chances may be off by
 
 
@@ -45,12 +42,12 @@ class Stop(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Candidate:
-    """A decoding request. `tree` has calibrated chances; each of its rows attends to about `context` tokens."""
+class Candidates:
+    """The decoding requests, [requests], one at least, and a branch for each."""
 
-    tree: TokenTree
-    context: int
-    need: float = 1.0  # tokens this step should yield; without a goal it is the one that it always yields
+    weights: Weights  # of their branches' nodes
+    contexts: Floats  # tokens that each of a request's rows attends to
+    needs: Floats  # tokens this step should yield; without a goal it is the one that it always yields
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +65,8 @@ class Selection:
 
     nodes: tuple[tuple[int, ...], ...]
     needed: tuple[int, ...]  # how many of them, from the first, are there because of the goal; the others are surplus
-    unmet: tuple[int, ...]  # candidates from which fewer tokens are expected than they need
-    tokens: float  # expected of the step
+    expected: tuple[float, ...]  # tokens of each candidate, one of which needs no node
+    unmet: tuple[int, ...]  # candidates from which fewer are expected than they need
     rows: int
 
     def count(self, reason: Reason) -> int:
@@ -78,96 +75,108 @@ class Selection:
         return needed if reason is Reason.NEEDED else self.rows - len(self.nodes) - needed
 
 
-def need(elapsed_s: float, round_s: float, tpot_goal_s: float, decoded: int) -> float:
-    """Tokens a request must gain in a round of `round_s` to be on time after it; less than 1 if it is ahead.
-
-    `elapsed_s` since its first decode step began, in which `decoded` tokens came.
-    """
-    return (elapsed_s + round_s) / tpot_goal_s - decoded
-
-
-def select(
-    candidates: Sequence[Candidate], times: StepTimes, budget: Budget, overhead_s: float = 0.0
-) -> Decision[Selection]:
+def select(candidates: Candidates, times: StepTimes, budget: Budget, overhead_s: float = 0.0) -> Decision[Selection]:
     """Choose for one step. `overhead_s`: seconds of a round that are not the step's.
 
     While `times` is not ready, goodput is unknown, and `budget.rows` are all there is.
     """
-    if not candidates:
-        return Decision(Selection((), (), (), 0.0, 0), Stop.EXHAUSTED)
-    count = len(candidates)
-    order, values = _ranked(candidates, budget.tree_nodes)
-    gains = values.cumsum(axis=1)
-    needs = np.array([each.need for each in candidates])
-    needed = _needed(values, gains, needs, max(budget.rows - count, 0))
-    chosen, stop = _surplus(candidates, values, needed, times, budget, overhead_s)
-    expected = 1.0 + np.where(chosen > 0, gains[np.arange(count), chosen - 1], 0.0)
-    unmet = np.flatnonzero(expected < needs - _ROUNDING)
-    ends = chosen.tolist()
-    selection = Selection(
-        tuple([tuple(nodes[:end]) for nodes, end in zip(order.tolist(), ends, strict=True)]),
-        tuple(needed.tolist()),
-        tuple(unmet.tolist()),
-        float(expected.sum()),
-        count + sum(ends),
-    )
-    return Decision(selection, stop)
+    ranked = _ranked(candidates, budget.tree_nodes)
+    count = len(ranked.own)
+    needed = _needed(ranked, max(budget.rows - count, 0))
+    rows = count + sum(needed)
+    room = max((budget.max_rows if times.ready else budget.rows) - rows, 0)
+    left = sorted([node for own, due in zip(ranked.own, needed, strict=True) for node in own[due:]])
+    surplus, stop = left[:room], Stop.BUDGET if room < len(left) else Stop.EXHAUSTED
+    if times.ready:
+        best = _most_goodput(ranked, needed, surplus, times, overhead_s)
+        if best < len(surplus):
+            surplus, stop = surplus[:best], Stop.GOODPUT
+    return Decision(_selection(ranked, needed, surplus), stop)
 
 
-def _ranked(candidates: Sequence[Candidate], most: int) -> tuple[Ids, Floats]:
-    """Of each tree the `most` likeliest nodes, likeliest first, and their values: both [candidates, nodes].
+@dataclass(frozen=True, slots=True)
+class _Ranked:
+    """The nodes of all candidates, likeliest first. Of equals the first comes first, and so a parent.
 
-    Trees with fewer nodes have values of 0 at the end. Of equals the first comes first, and so a parent.
+    A step has few nodes that may be chosen: lists of numbers are gone through in less time than arrays are set up.
     """
-    sizes = np.array([len(each.tree.tokens) for each in candidates])
-    values = np.zeros((len(candidates), max(int(sizes.max()), 1)))
-    filled = np.arange(values.shape[1]) < sizes[:, None]
-    values[filled] = list(chain.from_iterable([each.tree.path_chances() for each in candidates]))
-    order = np.argsort(-values, axis=1, kind="stable")[:, : max(most, 1)]
-    values = values[np.arange(len(candidates))[:, None], order]
-    return order, values if most > 0 else np.zeros_like(values)
+
+    values: list[float]
+    owners: list[int]
+    nodes: list[int]  # of the owner's tree
+    own: list[list[int]]  # of each candidate, those that may be chosen, as places in the other lists
+    contexts: list[float]
+    needs: list[float]
 
 
-def _needed(values: Floats, gains: Floats, needs: Floats, room: int) -> Ids:
+def _ranked(candidates: Candidates, most: int) -> _Ranked:
+    """Of each tree the `most` likeliest nodes may be chosen, but none that the target never takes."""
+    weights = candidates.weights
+    places = np.flatnonzero(weights.values)
+    places = places[np.argsort(-weights.values[places], kind="stable")]
+    values, owners = weights.values[places].tolist(), weights.owners[places].tolist()
+    own: list[list[int]] = [[] for _ in range(weights.branches)]
+    for place, owner in enumerate(owners):
+        if len(own[owner]) < most:
+            own[owner].append(place)
+    nodes = (places - weights.firsts[places] - 1).tolist()
+    return _Ranked(values, owners, nodes, own, candidates.contexts.tolist(), candidates.needs.tolist())
+
+
+def _needed(ranked: _Ranked, room: int) -> list[int]:
     """How many nodes of each request are due to its goal, `room` at most in all."""
-    lacking = needs - 1.0 - _ROUNDING  # beyond the token that every request gets
-    wanted = ((gains - values < lacking[:, None]) & (values > 0.0)).sum(axis=1)
-    out_of_reach = gains[:, -1] < lacking
-    wanted = np.where(out_of_reach, np.minimum(wanted, room // len(needs)), wanted)
-    tightest = np.argsort(-needs, kind="stable")
-    before = wanted[tightest].cumsum() - wanted[tightest]
-    needed = np.empty_like(wanted)
-    needed[tightest] = np.clip(room - before, 0, wanted[tightest])
+    needed, left = [0] * len(ranked.own), room
+    lacking = [row for row, need in enumerate(ranked.needs) if need > 1.0 + _ROUNDING]
+    for row in sorted(lacking, key=lambda row: -ranked.needs[row]):
+        own, enough = ranked.own[row], ranked.needs[row] - _ROUNDING
+        wanted, expected = 0, 1.0
+        while expected < enough and wanted < len(own):
+            expected += ranked.values[own[wanted]]
+            wanted += 1
+        if expected < enough:  # out of reach
+            wanted = min(wanted, room // len(needed))
+        needed[row] = min(wanted, left)
+        left -= needed[row]
     return needed
 
 
-def _surplus(
-    candidates: Sequence[Candidate], values: Floats, needed: Ids, times: StepTimes, budget: Budget, overhead_s: float
-) -> tuple[Ids, Stop]:
-    """How many nodes of each request are chosen in all, and why no more are.
+def _most_goodput(
+    ranked: _Ranked, needed: Sequence[int], surplus: Sequence[int], times: StepTimes, overhead_s: float
+) -> int:
+    """With how many of the surplus nodes, likeliest first, goodput is best.
 
-    Goodput need not rise and fall once as nodes are added, likeliest first, since a step's duration has steps of its
-    own; so it is computed for every number of them.
+    It need not rise and fall once as nodes are added, since a step's duration has steps of its own; so it is computed
+    for every number of them.
     """
-    count, width = values.shape
-    taken = np.arange(width) < needed[:, None]
-    left = np.where(taken, 0.0, values).ravel()
-    rows = count + int(needed.sum())
-    room = max((budget.max_rows if times.ready else budget.rows) - rows, 0)
-    available = int(np.count_nonzero(left))
-    likeliest = np.argsort(-left, kind="stable")[: min(room, available)]
-    owners, stop = likeliest // width, Stop.BUDGET if room < available else Stop.EXHAUSTED
-    if times.ready:
-        contexts = np.array([float(each.context) for each in candidates])
-        attended = float(contexts @ (needed + 1)) + np.concatenate(([0.0], contexts[owners].cumsum()))
-        seconds = (
-            times.levels(np.arange(rows, rows + owners.size + 1))
-            + times.slope * attended
-            + times.kv_slope * contexts.sum()
-            + overhead_s
-        )
-        tokens = count + float(values[taken].sum()) + np.concatenate(([0.0], left[likeliest].cumsum()))
-        best = int(np.argmax(tokens / seconds))
-        if best < owners.size:
-            owners, stop = owners[:best], Stop.GOODPUT
-    return needed + np.bincount(owners, minlength=count), stop
+    rows = len(needed) + sum(needed)
+    levels = times.levels(np.arange(rows, rows + len(surplus) + 1)).tolist()
+    slope, beside_s = times.slope, times.kv_slope * sum(ranked.contexts) + overhead_s
+    tokens, attended = float(len(needed)), sum(ranked.contexts)
+    for context, own, due in zip(ranked.contexts, ranked.own, needed, strict=True):
+        if due:
+            tokens += sum([ranked.values[node] for node in own[:due]])
+            attended += context * due
+    best, most = 0, tokens / (levels[0] + slope * attended + beside_s)
+    for more, node in enumerate(surplus, 1):
+        tokens += ranked.values[node]
+        attended += ranked.contexts[ranked.owners[node]]
+        goodput = tokens / (levels[more] + slope * attended + beside_s)
+        if goodput > most:
+            best, most = more, goodput
+    return best
+
+
+def _selection(ranked: _Ranked, needed: Sequence[int], surplus: Sequence[int]) -> Selection:
+    chosen: list[list[int]] = [[] for _ in needed]
+    expected = [1.0] * len(needed)
+    for node in chain(*[own[:due] for own, due in zip(ranked.own, needed, strict=True) if due], surplus):
+        owner = ranked.owners[node]
+        chosen[owner].append(ranked.nodes[node])
+        expected[owner] += ranked.values[node]
+    return Selection(
+        tuple([tuple(nodes) for nodes in chosen]),
+        tuple(needed),
+        tuple(expected),
+        tuple([row for row, need in enumerate(ranked.needs) if expected[row] < need - _ROUNDING]),
+        len(needed) + sum(needed) + len(surplus),
+    )

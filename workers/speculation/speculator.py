@@ -7,8 +7,10 @@ before a step  wait, if that is worth it -> choose nodes for all requests togeth
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from tidemill.core import metrics
 from tidemill.core.messages import Draft, DraftReply
@@ -18,28 +20,27 @@ from tidemill.core.settings import SpeculationSettings
 from tidemill.core.tree import ROOT, Shape, TokenTree
 from workers.engine.base import Engine, SequenceOutput, StepOutput
 from workers.speculation.acceptance import Proposal, Rule, check_pairing
-from workers.speculation.branch_cache import BranchCache
+from workers.speculation.branch_cache import REMOTE, BranchCache
+from workers.speculation.branches import Branch, Calibrate, Weights, weigh
 from workers.speculation.calibration import Alpha, Calibration
-from workers.speculation.goals import Progress, Waiting, prompt_tokens
+from workers.speculation.goals import Flags, Goals, Waiting, prompt_tokens
 from workers.speculation.local import LocalDrafts
 from workers.speculation.pace import AtHand, Pace
 from workers.speculation.pool import DrafterPool
 from workers.speculation.remote import RoundResult, Want
-from workers.speculation.selection import Candidate, Reason, need, select
+from workers.speculation.selection import Candidates, Reason, Selection, select
 from workers.speculation.step_time import StepTimes
 from workers.speculation.tally import Tally
 
-REMOTE = "draft"  # the source that draft workers are
 FIRST_ALPHA = 0.6
 
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """A tree that was proposed for a request: as its source gave it, the source, and how it was come by."""
+    """A tree that was proposed for a request, as its source gave it."""
 
     tree: TokenTree
     source: str
-    fate: str
 
 
 @dataclass(slots=True, eq=False)
@@ -53,8 +54,13 @@ class Speculating:
     prompt_left: int  # tokens whose KV is to be computed here before it decodes
     first_at: float | None = None  # when it got its first token here
     first_length: int = 0  # and how many tokens it then had
+    late: bool = False  # which was later than its goal
     offer: Offer | None = None
     alpha: Alpha = field(default_factory=lambda: Alpha(FIRST_ALPHA))
+    longest: int = field(init=False)  # tokens it may have in all
+
+    def __post_init__(self) -> None:
+        self.longest = len(self.request.prompt) + self.request.sampling.max_tokens
 
     @property
     def decoding(self) -> bool:
@@ -63,7 +69,12 @@ class Speculating:
     @property
     def room(self) -> int:
         """Levels that are of use: a step yields one token anyway, so the last one needs no draft."""
-        return self.request.sampling.max_tokens - (len(self.tokens) - len(self.request.prompt)) - 1
+        return self.longest - len(self.tokens) - 1
+
+    def first_came(self, now: float) -> None:
+        """It got its first token."""
+        self.first_at, self.first_length = now, len(self.tokens)
+        self.late = now - self.opened_at > self.request.slo.ttft_s
 
 
 class Speculator:
@@ -80,10 +91,13 @@ class Speculator:
         self._pool = pool
         self._pace = Pace(settings, times)
         self._calibration = Calibration()
+        self._calibrate: Calibrate = self._calibration.calibrated if settings.adaptive else lambda _, chances: chances
         self._local = LocalDrafts(engine, settings)
         self._cache = BranchCache()
         self._tally = Tally()
         self._requests: dict[str, Speculating] = {}
+        self._decoded: list[Speculating] = []  # in the last step
+        self._goals = goals_of([])  # theirs
 
     # --- requests -----------------------------------------------------------------------------------------------
 
@@ -124,7 +138,7 @@ class Speculator:
             self._learn(known, each)
             known.prompt_left = 0
             if known.first_at is None:
-                known.first_at, known.first_length = now, len(known.tokens)
+                known.first_came(now)
             self._cache.commit(each.request_id, each.tokens)
         self._tally.flush(self._metrics)
         self._ask(now)
@@ -157,8 +171,8 @@ class Speculator:
         wants: dict[Peer, list[Want]] = {}
         for each in drafted_for if shape.depth else ():
             assert each.drafter is not None
-            own = Shape(min(shape.depth, each.room), shape.width, shape.nodes)
-            if own.depth > 0:
+            if each.room > 0:
+                own = shape if shape.depth <= each.room else Shape(each.room, shape.width, shape.nodes)
                 wants.setdefault(each.drafter, []).append(Want(each.request.id, each.tokens, own, ahead))
         for request_id in self._pool.ask(wants, now):
             self._cache.told(request_id)
@@ -186,67 +200,56 @@ class Speculator:
         answer = self._pool.next_answer(now)
         if answer is None:
             return None
-        at_hand = [
-            AtHand(sum(self._calibrated(self._cache.tree(each.request.id)[0]).path_chances()), each.alpha.value)
-            for each in self._decoding()
-            if each.drafter is not None and each.room > 0
-        ]
-        return self._pace.wait_until(at_hand, answer, now)
+        drafted_for = [each for each in self._decoding() if each.drafter is not None and each.room > 0]
+        if not drafted_for:
+            return None
+        branches = [self._cache.branch(each.request.id) for each in drafted_for]
+        alphas = np.array([each.alpha.value for each in drafted_for])
+        return self._pace.wait_until(AtHand(self._weighed(branches).expected(), alphas), answer, now)
 
-    def _calibrated(self, tree: TokenTree, source: str = REMOTE) -> TokenTree:
-        if not self._settings.adaptive or not tree:
-            return tree
-        return tree.rated(self._calibration.calibrated(source, tree.chances or (1.0,) * len(tree)))
+    def _weighed(self, branches: Sequence[Branch]) -> Weights:
+        return weigh(branches, self._calibrate)
 
     # --- before a step ------------------------------------------------------------------------------------------
 
     def before_step(self, now: float) -> None:
         """Propose what is best of what is at hand."""
-        started = time.perf_counter()
         decoding = self._decoding()
-        if not decoding:
-            return
-        lost = self._regard_goals(decoding, now)
-        offers = self._offers(decoding)
-        candidates = [
-            Candidate(
-                self._calibrated(offer.tree, offer.source),
-                len(known.tokens),
-                1.0 if known.request.id in lost else self._need(known, now),
-            )
-            for known, offer in zip(decoding, offers, strict=True)
-        ]
-        budget = self._pace.budget(len(decoding), sum(each.context for each in candidates))
+        if decoding:
+            started = time.perf_counter()
+            branches, chosen = self._choose(decoding, now)
+            self._metrics.observe(metrics.SELECTION_TIME, time.perf_counter() - started)
+            self._propose(decoding, branches, chosen)
+
+    def _choose(self, decoding: list[Speculating], now: float) -> tuple[list[Branch], Selection]:
+        """A branch for each request, and nodes of it."""
+        lengths = np.array([len(each.tokens) for each in decoding], np.float64)
+        progress = self._goals_of(decoding).progress(lengths, now)
+        lost = progress.lost(self._pace.best_tpot_s)
+        self._hold_prompts_back(progress.behind & ~lost, now)
+        needs = np.where(lost, 1.0, progress.needs(self._pace.round_s))
+        branches = self._branches(decoding)
+        budget = self._pace.budget(len(decoding), float(lengths.sum()))
+        candidates = Candidates(self._weighed(branches), lengths, needs)
         chosen = select(candidates, self._pace.times_for_choice, budget, self._pace.overhead_s).choice
-        self._pace.chosen(candidates, chosen, [offer.fate for offer in offers])
-        used = Counter(
-            (offer.source, offer.fate)
-            for known, offer, nodes in zip(decoding, offers, chosen.nodes, strict=True)
-            if nodes and self._propose(known, offer, nodes)
-        )
-        for (source, fate), count in used.items():
-            self._metrics.add(metrics.DRAFTS_USED, count, source=source, fate=fate)
-        for request_id in lost | {decoding[index].request.id for index in chosen.unmet}:
-            self._metrics.add(metrics.GOALS_OUT_OF_REACH, slo_class=self._requests[request_id].request.slo.name)
+        self._pace.chosen(chosen, [branch.fate for branch in branches])
         for reason in Reason:
             self._metrics.add(metrics.NODES_CHOSEN, chosen.count(reason), reason=reason)
-        self._metrics.observe(metrics.SELECTION_TIME, time.perf_counter() - started)
+        missed = {*np.flatnonzero(lost).tolist(), *chosen.unmet}
+        for slo_class, count in Counter([decoding[row].request.slo.name for row in missed]).items():
+            self._metrics.add(metrics.GOALS_OUT_OF_REACH, count, slo_class=slo_class)
+        return branches, chosen
 
-    def _regard_goals(self, decoding: Sequence[Speculating], now: float) -> set[str]:
-        """Has the engine hold prompts back if goals need that. Returns the requests whose goal is lost."""
-        progress = {each.request.id: self._progress(each, now) for each in decoding}
-        lost = {request_id for request_id, each in progress.items() if each.lost(self._pace.best_tpot_s)}
-        pressed = any(each.behind for request_id, each in progress.items() if request_id not in lost)
-        if pressed and self._settings.adaptive and (tokens := self._prompt_tokens(now)) is not None:
+    def _goals_of(self, decoding: list[Speculating]) -> Goals:
+        """Made anew when others decode than in the last step."""
+        if decoding != self._decoded:
+            self._decoded, self._goals = decoding, goals_of(decoding)
+        return self._goals
+
+    def _hold_prompts_back(self, pressed: Flags, now: float) -> None:
+        """If requests are behind a goal that they may yet meet."""
+        if pressed.any() and self._settings.adaptive and (tokens := self._prompt_tokens(now)) is not None:
             self._engine.limit_prompts(tokens)
-        return lost
-
-    @staticmethod
-    def _progress(known: Speculating, now: float) -> Progress:
-        assert known.first_at is not None
-        slo, decoded = known.request.slo, len(known.tokens) - known.first_length
-        late = known.first_at - known.opened_at > slo.ttft_s
-        return Progress(now - known.first_at, decoded, known.room + 1, slo.tpot_s, late)
 
     def _prompt_tokens(self, now: float) -> int | None:
         """How many the next step should compute; None: there is nothing to hold back."""
@@ -258,36 +261,37 @@ class Speculator:
             self._pace.round_s,
         )
 
-    def _offers(self, decoding: Sequence[Speculating]) -> list[Offer]:
-        """For each request the source from which most tokens are expected."""
-        shape = self._pace.local_shape(len(decoding))
-        local = self._local.propose([(each.request, each.tokens, each.room) for each in decoding], shape)
-        offers = []
-        for each, others in zip(decoding, local, strict=True):
-            tree, fate = self._cache.tree(each.request.id)
-            found = [Offer(tree.up_to(each.room), REMOTE, fate), *(Offer(*other, "local") for other in others)]
-            offers.append(max(found, key=self._expected) if others else found[0])
-        return offers
+    def _branches(self, decoding: Sequence[Speculating]) -> list[Branch]:
+        """For each request that of the source from which most tokens are expected."""
+        remote = [self._cache.branch(each.request.id).up_to(each.room) for each in decoding]
+        if not self._local.sources:
+            return remote
+        asked = [(each.request, each.tokens, each.room) for each in decoding]
+        by_source = [remote, *self._local.propose(asked, self._pace.local_shape(len(decoding)))]
+        expected = [self._weighed(branches).expected() for branches in by_source]
+        return [by_source[best][row] for row, best in enumerate(np.argmax(expected, axis=0))]
 
-    def _expected(self, offer: Offer) -> float:
-        return sum(self._calibrated(offer.tree, offer.source).path_chances())
-
-    def _need(self, known: Speculating, now: float) -> float:
-        """Tokens it must gain in this round to keep its time per output token."""
-        assert known.first_at is not None
-        decoded = len(known.tokens) - known.first_length
-        return need(now - known.first_at, self._pace.round_s, known.request.slo.tpot_s, decoded)
-
-    def _propose(self, known: Speculating, offer: Offer, nodes: Iterable[int]) -> bool:
-        """False if the engine takes no draft for it now."""
-        tree = offer.tree.subset(nodes)
-        if not self._engine.propose(Draft(known.request.id, len(known.tokens), tree)):
-            return False
-        known.offer = Offer(tree, offer.source, offer.fate)
-        return True
+    def _propose(self, decoding: Sequence[Speculating], branches: Sequence[Branch], chosen: Selection) -> None:
+        """To the engine, which may take no draft for a request now."""
+        used: Counter[tuple[str, str]] = Counter()
+        for known, branch, nodes in zip(decoding, branches, chosen.nodes, strict=True):
+            if nodes:
+                tree = branch.tree.subset(nodes, branch.root)
+                if self._engine.propose(Draft(known.request.id, len(known.tokens), tree)):
+                    known.offer = Offer(tree, branch.source)
+                    used[branch.source, branch.fate] += 1
+        for (source, fate), count in used.items():
+            self._metrics.add(metrics.DRAFTS_USED, count, source=source, fate=fate)
 
     def close(self) -> None:
         self._pool.close()
+
+
+def goals_of(decoding: Sequence[Speculating]) -> Goals:
+    """Of requests that got their first token."""
+    rows = [(each.first_at, each.first_length, each.longest, each.request.slo.tpot_s, each.late) for each in decoding]
+    first_at, first_length, longest, tpot_s, late = np.array(rows, np.float64).reshape(-1, 5).T
+    return Goals(first_at, first_length, longest, tpot_s, late > 0.0)
 
 
 def judged_levels(tree: TokenTree, accepted: Sequence[int]) -> int:

@@ -65,18 +65,19 @@ class StepTimes:
 
     def seconds(self, rows: float, context: float, kv: float = 0.0, prompts: float = 0.0) -> float:
         """Of a step. Raises ValueError before the first observation."""
-        return self._level(rows) + float(self._slopes @ (context, kv, prompts))
+        return self.level(rows) + float(self._slopes @ (context, kv, prompts))
 
     def marginal(self, rows: float, more: float, context: float) -> float:
         """Seconds that `more` rows, which attend to `context` tokens, add to a step of `rows`."""
-        return self._level(rows + more) - self._level(rows) + self.slope * context
+        return self.level(rows + more) - self.level(rows) + self.slope * context
 
     def levels(self, rows: npt.NDArray[np.integer]) -> Floats:
         """Seconds of steps of `rows` [steps] rows, without what their contexts cost: [steps]."""
         self._require_observations()
         return np.interp(rows.astype(np.float64), self._rows, self._levels)
 
-    def _level(self, rows: float) -> float:
+    def level(self, rows: float) -> float:
+        """Seconds of a step of so many rows, without what its contexts cost. Raises ValueError as `seconds` does."""
         self._require_observations()
         end = min(max(bisect_right(self._rows, rows), 1), len(self._rows) - 1)
         first, last = self._rows[end - 1], self._rows[end]
@@ -96,7 +97,7 @@ class StepTimes:
         shares, features = _shares(rows), np.array([context, kv, prompts], np.float64)
         error = self._believed(shares, features, seconds, self.seconds(rows, context, kv, prompts))
         beside = float(self._slopes @ features)
-        as_if = [self._level(KNOTS[knot]) + beside + error for knot, _ in shares]
+        as_if = [self.level(KNOTS[knot]) + beside + error for knot, _ in shares]
         keep = 1.0 - 1.0 / _MEMORY
         self._weights = [weight * keep if weight > _KEPT else weight for weight in self._weights]
         self._learn_slopes(shares, features, error)

@@ -2,12 +2,13 @@
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tidemill.core.tree import ROOT, TokenTree
-from workers.speculation.calibration import DEPTH_PRIOR, RANK_PRIOR, Alpha, Calibration, Rates
+from workers.speculation.calibration import Alpha, Calibration, Rates
 
 chances = st.floats(0, 1)
 
@@ -19,28 +20,32 @@ def observed(rate: float, raw: float, count: int, seed: int = 3) -> Calibration:
     return calibration
 
 
+def chance(calibration: Calibration, source: str, raw: float) -> float:
+    return float(calibration.calibrated(source, np.array([raw]))[0])
+
+
 class TestCalibration:
     @given(st.floats(0.02, 0.98))
     def test_a_source_nobody_has_observed_is_believed(self, raw: float) -> None:
-        assert Calibration().chance("new", raw) == pytest.approx(raw, abs=0.01)
+        assert chance(Calibration(), "new", raw) == pytest.approx(raw, abs=0.01)
 
     @pytest.mark.parametrize(("raw", "rate"), [(0.99, 0.7), (0.6, 0.9), (0.3, 0.05), (0.08, 0.2)])
     def test_overconfident_and_timid_sources_are_set_right(self, raw: float, rate: float) -> None:
-        assert observed(rate, raw, 3000).chance("a", raw) == pytest.approx(rate, abs=0.05)
+        assert chance(observed(rate, raw, 3000), "a", raw) == pytest.approx(rate, abs=0.05)
 
     def test_sources_are_told_apart(self) -> None:
         calibration = observed(0.1, 0.75, 500)
-        assert calibration.chance("a", 0.75) < 0.2
-        assert calibration.chance("b", 0.75) == pytest.approx(0.75, abs=0.02)
+        assert chance(calibration, "a", 0.75) < 0.2
+        assert chance(calibration, "b", 0.75) == pytest.approx(0.75, abs=0.02)
 
     def test_one_observation_does_not_overturn_the_prior(self) -> None:
-        assert 0.6 < observed(0.0, 0.72, 1).chance("a", 0.72) < 0.72
+        assert 0.6 < chance(observed(0.0, 0.72, 1), "a", 0.72) < 0.72
 
     def test_what_is_old_fades(self) -> None:
         calibration, rng = observed(0.9, 0.72, 3000), random.Random(5)
         for _ in range(4000):
             calibration.observe("a", 0.72, rng.random() < 0.3)
-        assert calibration.chance("a", 0.72) == pytest.approx(0.3, abs=0.06)
+        assert chance(calibration, "a", 0.72) == pytest.approx(0.3, abs=0.06)
 
     def test_a_calibrated_model_stays_as_it_is(self) -> None:
         calibration, rng = Calibration(), random.Random(11)
@@ -48,15 +53,15 @@ class TestCalibration:
             raw = rng.random()
             calibration.observe("a", raw, rng.random() < raw)
         for raw in (0.05, 0.15, 0.4, 0.6, 0.85, 0.95):
-            assert calibration.chance("a", raw) == pytest.approx(raw, abs=0.06)
+            assert chance(calibration, "a", raw) == pytest.approx(raw, abs=0.06)
 
     @given(st.lists(st.tuples(chances, st.booleans()), max_size=60), st.lists(chances, max_size=20))
     def test_chances_stay_chances(self, seen: list[tuple[float, bool]], raw: list[float]) -> None:
         calibration = Calibration()
-        for chance, taken in seen:
-            calibration.observe("a", chance, taken)
-        calibrated = calibration.calibrated("a", raw)
-        assert calibrated == [calibration.chance("a", each) for each in raw]
+        for each, taken in seen:
+            calibration.observe("a", each, taken)
+        calibrated = calibration.calibrated("a", np.array(raw))
+        assert list(calibrated) == [chance(calibration, "a", each) for each in raw]
         assert all(0.0 <= each <= 1.0 for each in calibrated)
 
 
@@ -67,40 +72,16 @@ class TestVerdicts:
     def test_only_nodes_whose_parent_was_taken_count(self) -> None:
         told, expected = Calibration(), Calibration()
         told.observe_verdict("a", self.TREE, (1, 3))
-        for chance, taken, rank, depth in [
-            (0.6, False, 0, 1),
-            (0.4, True, 1, 1),
-            (0.7, False, 0, 2),
-            (0.2, True, 1, 2),
-            (0.5, False, 0, 3),
-        ]:
-            expected.observe("a", chance, taken, rank, depth)
-        raw = [each / 20 for each in range(21)]
-        assert told.calibrated("a", raw) == expected.calibrated("a", raw)
-        assert told.by_rank("a") == expected.by_rank("a")
-        assert told.by_depth("a") == expected.by_depth("a")
-
-    def test_by_rank_and_by_depth(self) -> None:
-        calibration = Calibration()
-        assert calibration.by_rank("a") == pytest.approx(RANK_PRIOR)
-        for _ in range(2000):
-            calibration.observe_verdict("a", self.TREE, (1, 3))
-        first, second, third = calibration.by_rank("a")[:3]
-        assert (first, second, third) == pytest.approx((0.0, 1.0, RANK_PRIOR[2]), abs=0.02)
-        assert calibration.by_depth("a")[:4] == pytest.approx((0.5, 0.5, 0.0, DEPTH_PRIOR), abs=0.02)
-
-    def test_ranks_and_depths_without_end(self) -> None:
-        calibration = Calibration()
-        calibration.observe_verdict("a", TokenTree(tuple(range(40)), (ROOT,) * 40, (0.1,) * 40), ())
-        calibration.observe_verdict("a", TokenTree.chain(range(40), (0.9,) * 40), tuple(range(40)))
-        assert calibration.by_rank("a")[-1] < RANK_PRIOR[-1]
-        assert calibration.by_depth("a")[-1] > DEPTH_PRIOR
+        for raw, taken in [(0.6, False), (0.4, True), (0.7, False), (0.2, True), (0.5, False)]:
+            expected.observe("a", raw, taken)
+        every = np.arange(21) / 20
+        assert list(told.calibrated("a", every)) == list(expected.calibrated("a", every))
 
     def test_nodes_without_chances_share_what_was_measured(self) -> None:
         calibration = Calibration()
         for turn in range(1000):
             calibration.observe_verdict("lookup", TokenTree.chain((1, 2)), (0, 1) if turn % 4 else ())
-        assert calibration.chance("lookup", 1.0) == pytest.approx(6 / 7, abs=0.03)
+        assert chance(calibration, "lookup", 1.0) == pytest.approx(6 / 7, abs=0.03)
 
 
 class TestAlpha:
@@ -132,7 +113,7 @@ def test_rates_lie_between_prior_and_what_was_seen(seen: list[bool], prior: floa
     rates = Rates((prior, 0.5), memory=20)
     for taken in seen:
         rates.observe(0, taken)
-    first, other = rates.values()
+    first, other = rates.value(0), rates.value(1)
     assert 0.0 <= first <= 1.0
     assert other == 0.5
     assert not seen or min(prior, *seen) - 1e-9 <= first <= max(prior, *seen) + 1e-9

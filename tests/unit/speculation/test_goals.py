@@ -1,5 +1,6 @@
 """Goals say which requests are lost, which are behind, and how fast prompts are computed."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,20 +14,30 @@ waitings = st.lists(
 )
 
 
+def progress(elapsed_s: float, decoded: int, remaining: int, late: bool = False) -> Progress:
+    """Of one request."""
+    return Progress(*(np.array([float(each)]) for each in (elapsed_s, decoded, remaining, GOAL_S)), np.array([late]))
+
+
 class TestProgress:
     def test_behind_is_later_than_a_little_less_than_the_goal(self) -> None:
         due_s = 100 * GOAL_S * STRICTER
-        assert [Progress(due_s + late_s, 100, 50, GOAL_S).behind for late_s in (-0.01, 0.01)] == [False, True]
+        assert not progress(due_s - 0.01, 100, 50).behind
+        assert progress(due_s + 0.01, 100, 50).behind
 
     def test_lost_is_what_the_best_pace_would_not_save(self) -> None:
         """100 of 200 tokens took 7.9 s of 10 s: 100 more at 20 ms each would be in time."""
-        tight = Progress(7.9, 100, 100, GOAL_S)
+        tight = progress(7.9, 100, 100)
         assert not tight.lost(0.020)
         assert tight.lost(0.022)
 
     @pytest.mark.parametrize("late", [False, True])
     def test_a_first_token_that_was_late_is_a_goal_that_is_lost(self, late: bool) -> None:
-        assert Progress(0.0, 0, 100, GOAL_S, late).lost(0.001) == late
+        assert progress(0.0, 0, 100, late).lost(0.001) == late
+
+    def test_needed_is_what_makes_a_request_be_on_time_after_the_round(self) -> None:
+        assert progress(1.0, 20, 5).needs(0.1) == pytest.approx(2.0)
+        assert progress(0.5, 20, 5).needs(0.1) < 1.0
 
 
 class TestPrompts:

@@ -1,5 +1,6 @@
 """What follows from how fast a verify worker goes."""
 
+import numpy as np
 import pytest
 
 from tests.support.workers import fixed_drafts
@@ -22,6 +23,12 @@ def pace_of(row_s: float, requests: int = 1, **settings: object) -> Pace:
         outputs = (SequenceOutput("r", (1,)),) * requests
         pace.stepped(StepOutput(outputs, batch_tokens=1, seconds=STEP_S), 20, 20, step * STEP_S)
     return pace
+
+
+def at_hand(*requests: tuple[float, float]) -> AtHand:
+    """Tokens and alpha of each."""
+    tokens, alphas = np.array(requests).T
+    return AtHand(tokens, alphas)
 
 
 class TestShape:
@@ -55,21 +62,21 @@ class TestWaiting:
     @pytest.mark.parametrize(("expected_s", "waits"), [(0.004, True), (0.007, True), (0.0095, False), (0.05, False)])
     def test_not_for_what_comes_no_sooner_than_a_step(self, pace: Pace, expected_s: float, waits: bool) -> None:
         """The step gives a token, which the answer has with a chance of 0.8."""
-        assert pace.wait_until([AtHand(0.0, 0.8)], NextAnswer(expected_s, 0.1), 0.0) == (0.1 if waits else None)
+        assert pace.wait_until(at_hand((0.0, 0.8)), NextAnswer(expected_s, 0.1), 0.0) == (0.1 if waits else None)
 
     def test_not_while_there_is_enough_at_hand(self, pace: Pace) -> None:
-        assert pace.wait_until([AtHand(2.0, 0.8)], NextAnswer(0.004, 0.1), 0.0) is None
+        assert pace.wait_until(at_hand((2.0, 0.8)), NextAnswer(0.004, 0.1), 0.0) is None
 
     def test_not_for_what_the_answer_will_hardly_be_right_about(self, pace: Pace) -> None:
-        assert pace.wait_until([AtHand(0.0, 0.3)], NextAnswer(0.004, 0.1), 0.0) is None
+        assert pace.wait_until(at_hand((0.0, 0.3)), NextAnswer(0.004, 0.1), 0.0) is None
 
     def test_many_do_not_wait_for_what_few_lack(self) -> None:
         pace, answer = pace_of(0.0001, requests=31), NextAnswer(0.004, 0.1)
-        assert pace.wait_until([AtHand(0.0, 0.5), *[AtHand(1.0, 0.5)] * 30], answer, 0.0) is None
-        assert pace.wait_until([AtHand(0.0, 0.5)] * 31, answer, 0.0) == 0.1
+        assert pace.wait_until(at_hand((0.0, 0.5), *[(1.0, 0.5)] * 30), answer, 0.0) is None
+        assert pace.wait_until(at_hand(*[(0.0, 0.5)] * 31), answer, 0.0) == 0.1
 
     def test_an_overdue_answer_is_not_for_nothing(self, pace: Pace) -> None:
         """It may come any moment, or not at all: what it is waited for with is a part of a round."""
         overdue = NextAnswer(0.004, 0.1)
-        assert pace.wait_until([AtHand(0.0, 0.8)], overdue, 0.05) == 0.1
-        assert pace.wait_until([AtHand(0.9, 0.6)], overdue, 0.05) is None
+        assert pace.wait_until(at_hand((0.0, 0.8)), overdue, 0.05) == 0.1
+        assert pace.wait_until(at_hand((0.9, 0.6)), overdue, 0.05) is None

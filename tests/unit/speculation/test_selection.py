@@ -1,17 +1,43 @@
 """Selection keeps its promises on any trees, and is the best there is on small ones."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
+import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tidemill.core.model import Decision
 from tidemill.core.tree import EMPTY, ROOT, TokenTree
-from workers.speculation.selection import Budget, Candidate, Reason, Selection, Stop, need, select
+from workers.speculation import selection
+from workers.speculation.branches import Branch, weigh
+from workers.speculation.selection import Budget, Candidates, Reason, Selection, Stop
 from workers.speculation.step_time import StepTimes
 
 PLENTY = Budget(rows=1000, max_rows=1000, tree_nodes=100)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One request: a tree with measured chances, and what Candidates say of it."""
+
+    tree: TokenTree
+    context: int
+    need: float = 1.0
+
+
+def select(
+    requests: Sequence[Candidate], times: StepTimes, budget: Budget, overhead_s: float = 0.0
+) -> Decision[Selection]:
+    branches = [Branch.of(each.tree, "", "") for each in requests]
+    candidates = Candidates(
+        weigh(branches, lambda _, chances: chances),
+        np.array([float(each.context) for each in requests]),
+        np.array([each.need for each in requests]),
+    )
+    return selection.select(candidates, times, budget, overhead_s)
 
 
 def step_times(row_s: float = 0.0, context_s: float = 0.0, base_s: float = 0.01) -> StepTimes:
@@ -81,7 +107,7 @@ class TestAlways:
     def test_expected_tokens_and_unmet_goals_are_told(self, requests: list[Candidate], budget: Budget) -> None:
         chosen = select(requests, COSTLY, budget).choice
         expected = [1.0 + value(each.tree, nodes) for each, nodes in zip(requests, chosen.nodes, strict=True)]
-        assert chosen.tokens == pytest.approx(sum(expected))
+        assert chosen.expected == pytest.approx(expected)
         unmet = [place for place, each in enumerate(requests) if expected[place] < each.need - 1e-9]
         assert list(chosen.unmet) == unmet
 
@@ -92,10 +118,73 @@ class TestAlways:
             assert count == 0 or 1.0 + value(each.tree, nodes[: count - 1]) < each.need
 
     def test_nothing_to_do(self) -> None:
-        assert select([], FREE, PLENTY).choice == Selection((), (), (), 0.0, 0)
         plain = select([Candidate(EMPTY, 10)] * 3, FREE, PLENTY)
-        assert plain.choice == Selection(((), (), ()), (0, 0, 0), (), 3.0, 3)
+        assert plain.choice == Selection(((), (), ()), (0, 0, 0), (1.0, 1.0, 1.0), (), 3)
         assert plain.reason is Stop.EXHAUSTED
+
+
+def node_by_node(
+    requests: Sequence[Candidate], times: StepTimes, budget: Budget, overhead_s: float
+) -> tuple[list[tuple[int, ...]], list[int], Stop]:
+    """The three steps of the module's first lines, without an array: chosen nodes, how many are needed, why no more."""
+    values = [each.tree.path_chances() for each in requests]
+    ranked = [
+        sorted((node for node, value in enumerate(own) if value > 0.0), key=lambda node: -own[node])[
+            : budget.tree_nodes
+        ]
+        for own in values
+    ]
+    needed = [0] * len(requests)
+    room = all_room = max(budget.rows - len(requests), 0)
+    for row in sorted(range(len(requests)), key=lambda row: -requests[row].need):
+        expected, wanted = 1.0, 0
+        while expected < requests[row].need - 1e-9 and wanted < len(ranked[row]):
+            expected += values[row][ranked[row][wanted]]
+            wanted += 1
+        if expected < requests[row].need - 1e-9:
+            wanted = min(wanted, all_room // len(requests))
+        needed[row] = min(wanted, room)
+        room -= needed[row]
+    left = [(row, node) for row, nodes in enumerate(ranked) for node in nodes[needed[row] :]]
+    left.sort(key=lambda each: -values[each[0]][each[1]])
+    rows = len(requests) + sum(needed)
+    surplus = left[: max((budget.max_rows if times.ready else budget.rows) - rows, 0)]
+    stop = Stop.BUDGET if len(surplus) < len(left) else Stop.EXHAUSTED
+    if times.ready:
+        best = max(
+            range(len(surplus) + 1), key=lambda more: goodput(requests, needed, surplus[:more], times, overhead_s)
+        )
+        surplus, stop = surplus[:best], stop if best == len(surplus) else Stop.GOODPUT
+    counts = [needed[row] + sum(owner == row for owner, _ in surplus) for row in range(len(requests))]
+    return [tuple(nodes[:count]) for nodes, count in zip(ranked, counts, strict=True)], needed, stop
+
+
+def goodput(
+    requests: Sequence[Candidate],
+    needed: Sequence[int],
+    surplus: Sequence[tuple[int, int]],
+    times: StepTimes,
+    overhead_s: float,
+) -> float:
+    """Tokens per second of a step with the needed nodes, which are each tree's likeliest, and these."""
+    rows = [1 + count + sum(owner == row for owner, _ in surplus) for row, count in enumerate(needed)]
+    attended = sum(count * each.context for count, each in zip(rows, requests, strict=True))
+    seconds = times.seconds(sum(rows), attended, sum(each.context for each in requests)) + overhead_s
+    tokens = float(len(requests))
+    for count, each in zip(needed, requests, strict=True):
+        tokens += sum(sorted(each.tree.path_chances(), reverse=True)[:count])
+    return (tokens + sum(requests[row].tree.path_chances()[node] for row, node in surplus)) / seconds
+
+
+class TestGold:
+    @settings(max_examples=300, deadline=None)
+    @given(candidates(), budgets, st.sampled_from((FREE, COSTLY, StepTimes())), st.sampled_from((0.0, 0.003)))
+    def test_the_same_as_node_by_node(
+        self, requests: list[Candidate], budget: Budget, times: StepTimes, overhead_s: float
+    ) -> None:
+        decision = select(requests, times, budget, overhead_s)
+        chosen = list(decision.choice.nodes), list(decision.choice.needed), decision.reason
+        assert chosen == node_by_node(requests, times, budget, overhead_s)
 
 
 class TestOptimal:
@@ -118,7 +207,7 @@ class TestOptimal:
                 max(best[used - size] + alone[size] for size in range(min(used, len(alone) - 1) + 1))
                 for used in range(room + 1)
             ]
-        assert chosen.tokens == pytest.approx(len(free) + best[room])
+        assert sum(chosen.expected) == pytest.approx(len(free) + best[room])
 
 
 class TestNeeds:
@@ -158,10 +247,6 @@ class TestNeeds:
         chosen = select([Candidate(self.CHAIN, 1)], FREE, PLENTY).choice
         assert chosen.needed == (0,)
         assert len(chosen.nodes[0]) == 6
-
-    def test_need(self) -> None:
-        assert need(elapsed_s=1.0, round_s=0.1, tpot_goal_s=0.05, decoded=20) == pytest.approx(2.0)
-        assert need(elapsed_s=0.5, round_s=0.1, tpot_goal_s=0.05, decoded=20) < 1.0
 
 
 class TestGoodput:

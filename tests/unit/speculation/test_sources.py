@@ -86,7 +86,7 @@ def test_a_text_that_repeats_is_foreseen(make: Callable[[], Source]) -> None:
     text = [1, 2, 3, 4, 5, 6, 7] * 6
     feed(source, "a", text, 10)
     tree = source.propose("a", text, Shape(depth=4, width=2, nodes=8))
-    assert tree.after([1, 2, 3, 4]) is not None
+    assert tree.find([1, 2, 3, 4]) is not None
 
 
 @every_source
@@ -232,7 +232,7 @@ def test_the_last_observation_of_a_token_counts() -> None:
     source.observe(np.array([5, 6, 5]), np.array([[1, 2], [7, 8], [6, 9]]))
     tree = source.propose("a", [5], Shape(depth=2, width=2, nodes=6))
     assert tree.child(ROOT, 1) is None
-    assert tree.after([6, 7]) is not None
+    assert tree.find([6, 7]) is not None
     assert tree.child(ROOT, 9) is not None
     source.observe(np.array([5]), np.array([[3]]))
     assert source.propose("a", [5], Shape(1, 2, 2)).tokens == (3,)

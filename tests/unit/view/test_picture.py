@@ -66,6 +66,13 @@ def test_workers_come_by_role_and_pools_add_them_up() -> None:
     assert shown.workers[2].tokens_per_s == pytest.approx(8.0)
 
 
+def test_workers_of_a_role_come_by_number_whatever_their_role_was() -> None:
+    names = ["verify-10", "verify-2", "prefill-0", "spare"]
+    telemetry = RouterTelemetry(workers=tuple(worker(name, Role.VERIFY) for name in names))
+    shown = picture(FRONT, telemetry, History(2.0), (), 0.0)
+    assert [each.worker for each in shown.workers] == ["prefill-0@3", "spare@3", "verify-2@3", "verify-10@3"]
+
+
 @pytest.mark.parametrize(
     ("changes", "state"),
     [

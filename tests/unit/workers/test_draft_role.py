@@ -73,7 +73,7 @@ class TestDraftRole:
         assert replies[1].round == 2
         draft = replies[1].drafts[0]
         assert (draft.base, draft.prefix) == (21, prefix_hash((*request.prompt, expected[0])))
-        assert draft.tree.after(expected[1:5]) is not None
+        assert draft.tree.find(expected[1:5]) is not None
         # Three of four were right, the fourth was not: it goes on from what was committed.
         self.call(bench, replies, 3, asks=(ask("r", 21, (*expected[1:4], 5), depth=3),))
         bench.drain()
@@ -95,7 +95,7 @@ class TestDraftRole:
         assert len(tree) <= 7
         assert max(tree.depths()) <= 4
         assert max(Counter(tree.parents).values()) <= 2
-        assert tree.after(expected[1:3]) is not None
+        assert tree.find(expected[1:3]) is not None
 
     def test_it_drafts_on_before_the_verdict(self, replies: list[DraftReply]) -> None:
         """The rest of what was drafted ahead is the next answer, and it is there at once."""
@@ -111,7 +111,7 @@ class TestDraftRole:
         self.call(bench, replies, 3, asks=(ask("r", 21, expected[1:6]),))
         assert replies[-1].round == 3
         assert replies[-1].drafts[0].base == 26
-        assert replies[-1].drafts[0].tree.after(expected[6:10]) is not None
+        assert replies[-1].drafts[0].tree.find(expected[6:10]) is not None
         bench.drain()
         assert bench.engine.load().steps == steps, "nothing was computed again"
 
@@ -134,7 +134,7 @@ class TestDraftRole:
         bench.turn()
         self.call(bench, replies, 2, asks=(ask("r", 60, plain(request)[:1], depth=2),))
         bench.drain()
-        assert replies[1].drafts[0].tree.after(plain(request)[1:3]) is not None
+        assert replies[1].drafts[0].tree.find(plain(request)[1:3]) is not None
 
     def test_kv_that_was_taken_is_computed_again(self, replies: list[DraftReply]) -> None:
         """Another prompt takes the blocks of one that waits for its next ask."""
@@ -146,7 +146,7 @@ class TestDraftRole:
         bench.drain()
         self.call(bench, replies, 3, asks=(ask("a", 40, plain(first)[:1]),))
         bench.drain()
-        assert replies[-1].drafts[0].tree.after(plain(first)[1:5]) is not None
+        assert replies[-1].drafts[0].tree.find(plain(first)[1:5]) is not None
 
     @pytest.mark.parametrize(
         "wrong",
@@ -178,7 +178,7 @@ class TestDraftRole:
         assert bench.engine.load().steps - steps == 4
         trees = {reply.drafts[0].base: reply.drafts[0].tree for reply in replies if reply.drafts}
         assert set(trees) == {22, 23, 24}
-        assert all(trees[21 + stream].after(plain(request)[1:5]) is not None for stream, request in requests.items())
+        assert all(trees[21 + stream].find(plain(request)[1:5]) is not None for stream, request in requests.items())
 
     def test_the_end_of_a_stream_releases_its_requests_only(self, bench: Bench, replies: list[DraftReply]) -> None:
         for stream in (1, 2):

@@ -10,6 +10,7 @@ constexpr int64_t SLICE = 2048;         // channels of a panel that several bloc
 
 constexpr int64_t LINE = 64;                          // bytes of a cache line
 constexpr int64_t PAIR_LINES = PANEL * 4 / LINE;      // of a panel's channel pair, in both types
+constexpr int64_t AHEAD = 2048;                       // bytes that a lone block of slow rows fetches ahead of itself
 
 // Panels of a matrix with `out` rows; with parts = 2 each half of a panel comes from one half of the matrix.
 static inline int64_t panels_of(int64_t out, int parts) { return (out / parts + PANEL / parts - 1) / (PANEL / parts); }
@@ -116,10 +117,13 @@ static void linear(const T* x, const T* packed, int64_t rows, int64_t in, int64_
         const T* weights = packed + (p * in + k) * PANEL;
         for (int64_t b = 0; b < blocks; b++) {  // rows are spread evenly over the blocks
           const int64_t from = b * size / blocks, to = (b + 1) * size / blocks;
-          // A lone block waits for memory, and the processor fetches best by itself. Of several, each fetches a part of
-          // the next slice while it computes.
+          // Of several blocks each fetches a part of the next slice while it computes. A lone one waits for memory, and
+          // the processor fetches best by itself, unless narrow vectors take so many instructions for several rows
+          // and a line of weights that it does not see far enough.
           const int64_t part = b * channels / PAIR<T> * lines * LINE;
-          const char* ahead = blocks > 1 && part < end ? (const char*)(weights + PANEL * channels) + part : nullptr;
+          const char *ahead = nullptr, *here = (const char*)weights;
+          if (blocks == 1 && size > 1 && LANES < 16) ahead = here + AHEAD;
+          if (blocks > 1 && part < end) ahead = here + end + part;
           with_rows(to - from, [&](auto count) {
             linear_block<T, decltype(count)::value>(x + (chunk + from) * in + k, in, weights, channels, sums + from,
                                                     k == 0, k + slice >= in, ahead, lines, chunk + from, p, finish);
