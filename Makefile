@@ -45,11 +45,11 @@ types: env
 	$(BIN)/mypy
 
 e2e: env
-	$(BIN)/python -m pytest tests/e2e
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/e2e
 
 test: lint types env
 	$(BIN)/python -m pytest -n 2 tests/unit tests/contract tests/sim
-	$(BIN)/python -m pytest tests/e2e
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests/e2e
 
 # make test-deploy: what operators use, for real: Prometheus, a browser, and `ray up` on three hosts. Needs Debian and root.
 test-deploy: env
