@@ -109,9 +109,8 @@ async def _look(
         while not over.is_set():
             (described,) = (await asyncio.to_thread(ask, "describe")).values()  # of the only router
             looks.append(_look_of(described, clock.time() - began))
-            (picture,) = (await asyncio.to_thread(ask, "picture")).values()
-            decisions = picture.decisions
-            changes |= {each.at: (", ".join(each.changes), each.reason) for each in decisions if each.changes}
+            (outlook,) = (await asyncio.to_thread(ask, "outlook")).values()
+            changes |= {each.at: (", ".join(each.changes), each.reason) for each in outlook.decisions if each.changes}
             await asyncio.sleep(LOOK_S)
 
 

@@ -40,7 +40,7 @@ WAYS = {
     NONE: SpeculationSettings(enabled=False),
     CHAIN: SpeculationSettings(adaptive=False, strategy="chain", max_depth=4, width=1, max_nodes=4, ahead=0),
     OURS: SpeculationSettings(),
-    SYNCHRONOUS: SpeculationSettings(ahead=0, adaptive=False, max_depth=8, max_nodes=8, wait_s=0.1),
+    SYNCHRONOUS: SpeculationSettings(ahead=0, adaptive=False, max_depth=8, max_nodes=8),
 }
 VLLM_DRAFTS = {NONE: 0} | {f"draft_model, k = {count}": count for count in (2, 3, 4, 5)}
 
