@@ -210,8 +210,8 @@ class SpeculationSettings(Section):
     ahead: Annotated[int, Field(ge=0, le=4)] = 1
     """How many rounds a draft worker drafts on while a tree is being verified. 0: it waits for the verdict."""
     wait_s: Annotated[float, Field(ge=0)] = 0.1
-    """Longest a step waits for drafts that were asked for; after it the step goes without. It is a bound for draft workers
-    that are in trouble: whether a step waits at all follows from what the drafts are worth."""
+    """Longest a step waits for drafts that were asked for; after it the step goes without. It is a bound for draft
+    workers in trouble: whether a step waits at all follows from what the drafts are worth."""
     sources: Annotated[tuple[DraftSource, ...], Field(min_length=1)] = ("draft",)
     """Where drafts come from; of several, a request takes the one from which most tokens are expected. `draft`: the
     draft workers. Inside the verify worker: `early_layers` of the target; `lookup` in the request's text and its
