@@ -4,7 +4,8 @@
     .venv-vllm/bin/python -m benchmarks.vllm_engine drafts      # tokens a second at batch 1 and 8, padded target
 
 Both sides serve in turn, a round each, and every figure is a median. vLLM alone has its default settings but for the
-type, KV blocks and chunk, and both cores (`--threads`), as the cluster's two workers together have.
+type, KV blocks and chunk. Both sides have two cores; vLLM has two threads in either (`--threads`, `--our-threads`),
+which in the cluster share them with the draft worker, the router and Ray.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from benchmarks.speculation import CHANNELS
 from cluster import launch
 from tidemill import Client, Summary
 from tidemill.core.settings import (
+    ControllerSettings,
     EngineSettings,
     ModelSettings,
     PoolSettings,
@@ -142,6 +144,7 @@ def settings_of(target: Path, pools: PoolSettings, speculation: SpeculationSetti
         engine=ENGINE.model_copy(update={"threads": threads}),
         pools=pools,
         router=RouterSettings(port=0),
+        controller=ControllerSettings(rebalance=False),
         speculation=speculation,
     )
 
@@ -211,8 +214,9 @@ def drafts(args: argparse.Namespace) -> None:
 
 
 def decode_rate(stamps: list[Stamps]) -> float:
-    """Tokens a second of all requests, from each one's first token on."""
-    return sum(sum(count for _, count in each[1:]) / (each[-1][0] - each[0][0]) for each in stamps if len(each) > 1)
+    """Tokens a second of all requests together while all of them decode: from the last first token to the first end."""
+    begin, end = max(each[0][0] for each in stamps), min(each[-1][0] for each in stamps)
+    return sum(count for each in stamps for at, count in each if begin < at <= end) / (end - begin)
 
 
 def main() -> None:
@@ -223,7 +227,7 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=CHANNELS, help="feed-forward channels of the padded target")
     parser.add_argument("--depth", type=int, default=4, help="tokens of a draft")
     parser.add_argument("--threads", type=int, default=2, help="of vLLM alone")
-    parser.add_argument("--our-threads", type=int, default=1, help="of each of our engines")
+    parser.add_argument("--our-threads", type=int, default=2, help="of our vLLM; the draft has one")
     args = parser.parse_args()
     (hand_over if args.what == "hand-over" else drafts)(args)
 

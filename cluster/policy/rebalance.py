@@ -139,11 +139,12 @@ def rebalance(
 
 def loads_of(telemetry: RouterTelemetry) -> Loads:
     """Of both roles with a goal."""
-    return _loads(Seen.of(telemetry))
+    prefill = sum(worker.role is Role.PREFILL for worker in telemetry.workers)
+    return _loads(Seen.of(telemetry), prefill)
 
 
-def _loads(seen: Seen) -> Loads:
-    return Loads(prefill_load(seen), verify_load(seen))
+def _loads(seen: Seen, prefill_workers: int) -> Loads:
+    return Loads(prefill_load(seen), verify_load(seen), in_place=not prefill_workers)
 
 
 def _view(situation: Situation, seen: Seen, memory: Memory, config: RebalanceConfig, now: float) -> View:
@@ -162,7 +163,7 @@ def _view(situation: Situation, seen: Seen, memory: Memory, config: RebalanceCon
             if now - since[name] < config.dwell_s or now - joined.get(worker.role, -math.inf) < role_dwell_s:
                 resting.add(name)
     movable.sort(key=lambda each: (_residual(each), each.worker.name))
-    return View(counts, serving, tuple(movable), frozenset(resting), _loads(seen), seen.settled)
+    return View(counts, serving, tuple(movable), frozenset(resting), _loads(seen, counts[Role.PREFILL]), seen.settled)
 
 
 def _residual(worker: WorkerTelemetry) -> int:

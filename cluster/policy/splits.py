@@ -27,11 +27,16 @@ class Loads:
 
     prefill: PrefillLoad | None
     verify: VerifyLoad | None
+    in_place: bool = False  # prompts are computed where they are decoded: there is no prefill worker
 
     def ratios(self, split: Split) -> dict[Role, float]:
-        """Each role's load to its goal; infinite for one that has work and no worker."""
+        """Each role's load to its goal; infinite for one that has work and no worker.
+
+        Only who computes prompts in place now may go on so. What that adds to verify workers' steps was measured.
+        """
+        prompts_at = Role.VERIFY if self.in_place and not split[Role.PREFILL] else Role.PREFILL
         return {
-            Role.PREFILL: self.prefill.ratio(split[Role.PREFILL]) if self.prefill else 0.0,
+            Role.PREFILL: self.prefill.ratio(split[prompts_at]) if self.prefill else 0.0,
             Role.VERIFY: self.verify.ratio(split[Role.VERIFY], split[Role.DRAFT]) if self.verify else 0.0,
         }
 

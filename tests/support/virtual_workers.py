@@ -132,7 +132,7 @@ class VirtualPair:
         self.draft = self._worker(settings, Role.DRAFT, turn_s / 2)
         self.times = StepTimes()
         if settings.speculation.enabled and settings.speculation.adaptive:
-            measure_steps(self.verify.engine, self.times)
+            measure_steps(self.verify.engine, self.times, settings.engine.max_running)
         self.verify.clock.now = 0.0
         pool = DrafterPool(settings.speculation.wait_s, lambda _: _Stream(self.verify, self.draft, link_s))
         outbox = _Outbox(self.verify.clock, told)

@@ -63,6 +63,7 @@ class Pace:
         self._last_at: float | None = None
         self._nodes = float(settings.max_nodes)  # verified of a tree
         self._fresh_tokens = 1.0  # expected of a tree that was drafted from all of a request's tokens
+        self._rounds = 0  # that were measured
         self._step_s = FIRST_ROUND_S  # of a round, the engine's step
         self._prompts_s = 0.0  # of it, what prompts took
         self._tokens = 1.0  # of a round
@@ -74,11 +75,14 @@ class Pace:
     def stepped(self, output: StepOutput, context: int, kv: int, now: float) -> None:
         """A step ended. `context`: tokens its decoding rows attended to; `kv`: of each sequence once."""
         if self._last_at is not None and output.outputs:
-            took = min(now - self._last_at, 10 * self.round_s)  # an idle worker is not a slow one
-            self.round_s += MEMORY * (took - self.round_s)
-            self.overhead_s += MEMORY * (max(took - output.seconds, 0.0) - self.overhead_s)
-            self._step_s += MEMORY * (min(output.seconds, took) - self._step_s)
-            self._tokens += MEMORY * (sum(len(each.tokens) for each in output.outputs) - self._tokens)
+            # An idle worker is not a slow one.
+            took = max(min(now - self._last_at, 10 * self.round_s), output.seconds)
+            self._rounds += 1
+            newest = max(MEMORY, 1.0 / self._rounds)  # what it began with is a guess, and weighs nothing
+            self.round_s += newest * (took - self.round_s)
+            self.overhead_s += newest * (took - output.seconds - self.overhead_s)
+            self._step_s += newest * (output.seconds - self._step_s)
+            self._tokens += newest * (sum(len(each.tokens) for each in output.outputs) - self._tokens)
         self._last_at = now if output.outputs else None
         rows = sum(1 + each.drafted for each in output.outputs)
         if rows and output.seconds > 0:

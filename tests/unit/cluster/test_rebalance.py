@@ -1,5 +1,6 @@
 """The rebalancing policy: what it does where the outcome is plain, and what holds whatever happens."""
 
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -8,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.policy.loads import PrefillLoad
 from cluster.policy.rebalance import URGENT, Memory, RebalanceConfig, RebalanceReason, RoleChange, Situation, rebalance
-from cluster.policy.splits import NO_LIMITS, Bounds, splits
+from cluster.policy.splits import NO_LIMITS, Bounds, Loads, splits
 from tests.support.fluid import TICK_S, FluidCluster, Load, cluster_of
 from tidemill.core.model import Role
 from tidemill.core.telemetry import RouterTelemetry
@@ -70,6 +72,15 @@ def test_constant_load_does_not_make_roles_flap(start: tuple[int, int], load: Lo
     late = [changes for at, changes in run.changes if at > 60]
     assert len(late) <= 2, f"from {start} under {load}: {run.changes}"
     assert len({(each.before, each.to) for changes in late for each in changes}) <= 1, f"{start}, {load}: {run.changes}"
+
+
+def test_prompts_that_are_computed_where_they_are_decoded_call_for_no_prefill_worker() -> None:
+    """There is none, and nothing is late; were there one, prompts would be no sooner done."""
+    loads = Loads(PrefillLoad(busy=0.3, prompt_s=0.5, backlog_s=0.0, rest_s=0.1, goal_s=1.0), None, in_place=True)
+    none, one = ({Role.PREFILL: n, Role.DRAFT: 1 - n, Role.VERIFY: 1} for n in (0, 1))
+    assert loads.ratios(none) == loads.ratios(one)
+    assert loads.ratios(none)[Role.PREFILL] < 1.0
+    assert replace(loads, in_place=False).ratios(none)[Role.PREFILL] == math.inf
 
 
 def test_bounds_hold_and_a_role_below_its_least_is_filled() -> None:
