@@ -24,6 +24,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-prompts", action="store_true", help="identity tests: all 50 held-out prompts and longer answers"
     )
+    parser.addoption(
+        "--hosts",
+        choices=("namespaces", "loopback"),
+        help="test of `ray up`: what its hosts are made of; without it, namespaces where the sandbox allows them",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
