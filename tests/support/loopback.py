@@ -5,7 +5,8 @@ that is the host's processes, and the loss of the host is their end. Connections
 machine that loses its power stay silent. What hosts share is what Ray would not share between machines:
 
 - `ray stop` ends what it finds on the machine: here it is shown the host's own processes only;
-- an address and folders that Ray finds out, and ports that it takes: here `ray start` is told.
+- an address and folders that Ray finds out, and ports that it takes: here `ray start` is told;
+- the home folder where a key is, which ssh asks the machine's list of users for: here it is told, too.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from tests.support.hosts import Host, Lab
+from tests.support.prometheus import tool
 
 SHARED_MEMORY = Path("/dev/shm")
 ADOPT = """
@@ -48,6 +50,10 @@ if sys.argv[1] == "start":
     sys.argv += ["--min-worker-port=0", "--max-worker-port=0"]
 main()
 """
+SSH = """#!/bin/bash
+exec {ssh} "${{@/#\\~\\/{key}/$HOME/{key}}}"
+"""
+RAYS_KEY = "ray_bootstrap_key.pem"  # in the head's home folder
 
 
 @dataclass(slots=True)
@@ -128,8 +134,9 @@ class LoopbackLab(Lab[LoopbackHost]):
         programs.mkdir(parents=True)
         (programs / "tidemill").symlink_to(Path(sys.executable).parent / "tidemill")
         ray = RAY.format(python=sys.executable, init=host.init, address=host.address, ray=host.near / "ray")
-        (programs / "ray").write_text(ray)
-        (programs / "ray").chmod(0o755)
+        for name, script in {"ray": ray, "ssh": SSH.format(ssh=tool("ssh"), key=RAYS_KEY)}.items():
+            (programs / name).write_text(script)
+            (programs / name).chmod(0o755)
 
 
 def _is_alive(process: psutil.Process) -> bool:
