@@ -8,12 +8,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import torch  # after the number of threads is set
-
-torch.set_num_threads(1)
-
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it, once a test imports it
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would every process they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -23,7 +23,7 @@ from tidemill.core.model import Role
 from tidemill.core.settings import Settings
 from tidemill.core.settings_file import load_settings
 
-DEPLOY = Path(__file__).parents[3] / "deploy"
+DEPLOY = Path(__file__).parents[2] / "deploy"
 KUBERAY, SCHEMAS = DEPLOY / "kuberay", DEPLOY.parents[1] / "shared" / "data" / "kuberay"
 COMMON, WAYS = KUBERAY / "common", ("raycluster", "rayservice")
 CLOUDS, ALL = ("aws.yaml", "gcp.yaml"), ("aws.yaml", "gcp.yaml", "ssh.yaml")
