@@ -32,6 +32,7 @@ MAX_ROWS = 256  # of all drafts in a step
 MEMORY = 0.1  # weight of the newest round in averages
 FIRST_ROUND_S = 0.02
 MAX_AHEAD = 4
+TOO_FAR = 8  # rounds away, a draft worker's trees hardly ever fit any more when they come
 SPARE = 1.25  # nodes that are drafted for each that is verified
 OVERDUE = 0.25  # rounds that an answer which should be here is still expected to take
 
@@ -124,10 +125,13 @@ class Pace:
         return max(round_trip_s - depth * draft_step_s, 0.0)
 
     def _ahead(self, round_trip_s: float | None) -> int:
-        """So many rounds pass while an ask is on its way, and its answer back."""
+        """One more for each round that passes while an ask is on its way, and its answer back; none if the draft worker
+        is too far away for that to help.
+        """
         if not self._settings.ahead or round_trip_s is None:
             return self._settings.ahead
-        return min(self._settings.ahead + int(round_trip_s / self.round_s), MAX_AHEAD)
+        away = int(round_trip_s / self.round_s)
+        return min(self._settings.ahead + away, MAX_AHEAD) if away <= TOO_FAR else 0
 
     def local_shape(self, requests: int) -> Shape:
         """Of drafts that cost next to nothing, so that choosing among their nodes is enough."""

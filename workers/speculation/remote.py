@@ -17,6 +17,7 @@ from tidemill.core.tree import Shape
 PATIENCE = 3  # late answers in a row after which steps no longer wait for this peer, until it answers in time again
 MAX_UNANSWERED = 8  # calls under way; more that has to be said waits and goes as one
 MEMORY = 0.2  # weight of the newest round trip in their average
+AGAIN = 0.1  # of that average: an answer so soon says that the draft worker was stuck, and is not any more
 
 
 class RoundResult(StrEnum):
@@ -149,12 +150,19 @@ class RemoteDrafter:
         while self._calls and self._calls[0].round <= reply.round:
             call = self._calls.popleft()
             if call.asks:
-                took, before = came_at - call.sent_at, self.round_trip_s
+                took = came_at - call.sent_at
                 late = took >= self._wait_s
                 results.append(RoundResult.LATE if late else RoundResult.ANSWERED)
                 self._misses = self._misses if late else 0
-                self.round_trip_s = took if before is None else before + MEMORY * (took - before)
+                self._took(took)
         self.step_s = reply.step_s or self.step_s
         for request_id in reply.lost:
             self._known.pop(request_id, None)  # it would have to be told everything again
         return results, tuple(draft for draft in reply.drafts if self.knows(draft.request_id))
+
+    def _took(self, round_trip_s: float) -> None:
+        before = self.round_trip_s
+        if before is None or round_trip_s < AGAIN * before:
+            self.round_trip_s = round_trip_s
+        else:
+            self.round_trip_s = before + MEMORY * (round_trip_s - before)

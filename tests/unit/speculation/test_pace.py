@@ -42,9 +42,12 @@ class TestShape:
 
     def test_far_ahead_where_the_draft_worker_is_far_away(self) -> None:
         pace = pace_of(0.0001)
-        ahead = [pace.shape([0.8], 100, trip_s, 0.0005)[1] for trip_s in (0.001, 0.011, 0.021, 1.0)]
+        ahead = [pace.shape([0.8], 100, trip_s, 0.0005)[1] for trip_s in (0.001, 0.011, 0.021, 0.081)]
         assert ahead == [1, 2, 3, MAX_AHEAD]
         assert pace_of(0.0001, ahead=0).shape([0.8], 100, 0.03, 0.0005)[1] == 0
+
+    def test_none_where_it_is_too_far_away_to_be_of_use(self) -> None:
+        assert pace_of(0.0001).shape([0.8], 100, 1.0, 0.0005) == (Shape(0, 0, 0), 0)
 
     def test_fixed_drafts_are_fixed(self) -> None:
         pace = pace_of(STEP_S, adaptive=False, max_depth=4, width=1, max_nodes=4)

@@ -71,6 +71,11 @@ class TestRemoteDrafter:
         assert results == [RoundResult.LATE]
         assert drafts
 
+    def test_a_worker_that_was_stuck_is_as_near_as_ever(self, remote: RemoteDrafter) -> None:
+        for answered_at, round_trip_s in (0.01, 0.01), (5.0, 1.008), (0.03, 0.03), (0.01, 0.026):
+            remote.answered(self.reply(self.ask(remote, [0] * 21), 21), answered_at)
+            assert remote.round_trip_s == pytest.approx(round_trip_s)
+
     def test_an_answer_that_came_during_a_long_step_was_in_time(self, remote: RemoteDrafter) -> None:
         """It is read after the step, and somebody may have asked meanwhile whether there is one to wait for."""
         prompt = list(request_of().prompt)
