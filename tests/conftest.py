@@ -8,12 +8,7 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-import torch  # after the number of threads is set
-
-torch.set_num_threads(1)
-
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch reads it, once a test imports it
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and so would every process they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -23,6 +18,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all-switches", action="store_true", help="test of changes of role in a row: 60 instead of 6")
     parser.addoption(
         "--all-prompts", action="store_true", help="identity tests: all 50 held-out prompts and longer answers"
+    )
+    parser.addoption(
+        "--hosts",
+        choices=("namespaces", "loopback"),
+        help="test of `ray up`: what its hosts are made of; without it, namespaces where the sandbox allows them",
     )
 
 

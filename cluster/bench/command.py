@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -39,7 +40,10 @@ from tidemill.core.settings_file import load_settings
 DEFAULT_ADDRESS = "127.0.0.1:7071"
 DEFAULT_GOALS = {"default": SloSettings(ttft_s=DEFAULT_SLO.ttft_s, tpot_s=DEFAULT_SLO.tpot_s)}
 REFRESH_PER_S = 4
-WHERE, WHEN, WHAT = "Cluster", "When requests come", "What they ask for"  # groups of options in the help
+# Options, by the group that the help shows them in.
+WHERE = partial(typer.Option, rich_help_panel="Cluster")
+WHEN = partial(typer.Option, rich_help_panel="When requests come")
+WHAT = partial(typer.Option, rich_help_panel="What they ask for")
 
 
 @dataclass(slots=True)
@@ -72,58 +76,26 @@ class Plan:
 
 def bench(
     config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config", "-c", help="The cluster's settings: address and goals are read there.", rich_help_panel=WHERE
-        ),
+        Path | None, WHERE("--config", "-c", help="The cluster's settings: address and goals are read there.")
     ] = None,
-    address: Annotated[
-        str | None, typer.Option(help="Router, host:port; goes before the settings'.", rich_help_panel=WHERE)
-    ] = None,
-    token_file: Annotated[Path | None, typer.Option(help="File with the bearer token.", rich_help_panel=WHERE)] = None,
-    ca: Annotated[
-        Path | None,
-        typer.Option(help="PEM file of the authority that signed the router's certificate.", rich_help_panel=WHERE),
-    ] = None,
-    arrivals: Annotated[
-        Process | None, typer.Option(help="As in a trace if there is one, else poisson.", rich_help_panel=WHEN)
-    ] = None,
-    rates: Annotated[
-        str, typer.Option(help="Requests a second, one run after another; a trace's own, else 2.", rich_help_panel=WHEN)
-    ] = "",
-    duration: Annotated[
-        float, typer.Option(min=0.1, help="Seconds of arrivals at each rate.", rich_help_panel=WHEN)
-    ] = 30.0,
-    trace: Annotated[
-        Path | None,
-        typer.Option(help="CSV file: TIMESTAMP, ContextTokens, GeneratedTokens (Azure's).", rich_help_panel=WHEN),
-    ] = None,
-    speed: Annotated[str, typer.Option(help="Instead of rates: times as fast as recorded.", rich_help_panel=WHEN)] = "",
-    skip: Annotated[
-        float, typer.Option(min=0, help="Seconds of the trace, as recorded, to leave out first.", rich_help_panel=WHEN)
-    ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Same seed, same load.", rich_help_panel=WHEN)] = 0,
-    prompt_tokens: Annotated[
-        str, typer.Option(help=f"{LENGTHS_HELP}; the trace's, else 256.", rich_help_panel=WHAT)
-    ] = "",
-    output_tokens: Annotated[
-        str, typer.Option(help=f"{LENGTHS_HELP}; the trace's, else 64.", rich_help_panel=WHAT)
-    ] = "",
-    mix: Annotated[
-        str, typer.Option(help="SLO classes and their shares: tight=0.6,relaxed=0.4.", rich_help_panel=WHAT)
-    ] = "default",
+    address: Annotated[str | None, WHERE(help="Router, host:port; goes before the settings'.")] = None,
+    token_file: Annotated[Path | None, WHERE(help="File with the bearer token.")] = None,
+    ca: Annotated[Path | None, WHERE(help="PEM file of the authority that signed the router's certificate.")] = None,
+    arrivals: Annotated[Process | None, WHEN(help="As in a trace if there is one, else poisson.")] = None,
+    rates: Annotated[str, WHEN(help="Requests a second, one run after another; a trace's own, else 2.")] = "",
+    duration: Annotated[float, WHEN(min=0.1, help="Seconds of arrivals at each rate.")] = 30.0,
+    trace: Annotated[Path | None, WHEN(help="CSV file: TIMESTAMP, ContextTokens, GeneratedTokens (Azure's).")] = None,
+    speed: Annotated[str, WHEN(help="Instead of rates: times as fast as recorded.")] = "",
+    skip: Annotated[float, WHEN(min=0, help="Seconds of the trace, as recorded, to leave out first.")] = 0.0,
+    seed: Annotated[int, WHEN(help="Same seed, same load.")] = 0,
+    prompt_tokens: Annotated[str, WHAT(help=f"{LENGTHS_HELP}; the trace's, else 256.")] = "",
+    output_tokens: Annotated[str, WHAT(help=f"{LENGTHS_HELP}; the trace's, else 64.")] = "",
+    mix: Annotated[str, WHAT(help="SLO classes and their shares: tight=0.6,relaxed=0.4.")] = "default",
     goal: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A class's TTFT and TPOT, if not the settings': tight=0.5,0.05; repeatable.", rich_help_panel=WHAT
-        ),
+        list[str] | None, WHAT(help="A class's TTFT and TPOT, if not the settings': tight=0.5,0.05; repeatable.")
     ] = None,
-    max_in_flight: Annotated[
-        int, typer.Option(min=1, help="Requests open at once; what is due beyond is dropped.", rich_help_panel=WHAT)
-    ] = 512,
-    timeout: Annotated[
-        float, typer.Option(min=0.1, help="Deadline of each request, in seconds.", rich_help_panel=WHAT)
-    ] = 120.0,
+    max_in_flight: Annotated[int, WHAT(min=1, help="Requests open at once; what is due beyond is dropped.")] = 512,
+    timeout: Annotated[float, WHAT(min=0.1, help="Deadline of each request, in seconds.")] = 120.0,
     out: Annotated[Path | None, typer.Option(help="Folder for CSV and PNG files; none: bench-DATE-TIME.")] = None,
 ) -> None:
     """Put load on a running cluster and say how much was served within its latency goals.

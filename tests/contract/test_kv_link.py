@@ -1,9 +1,6 @@
 """What workers/kv/link.py promises, for links in memory and over torch.distributed."""
 
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +9,8 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 
+from tests.support import sending_process as sender
+from tests.support.forked import Forked
 from tidemill.core.model import Peer, WorkerId
 from workers.engine.base import KvLayout
 from workers.kv.link import Arrival, KvMessage, LinkError, Opener, Outgoing, SendingEnd
@@ -221,38 +220,13 @@ def test_a_dropped_lease_is_not_sent(net: Net, feed: Feed) -> None:
 
 # --- torch.distributed only -------------------------------------------------------------------------------------
 
-SENDING_PROCESS = """
-import os, signal, sys, torch
-from workers.kv.link import KvMessage
-from workers.kv.torch_dist import HEADER_TAG, VERSION, TorchSendingEnd
-print("ready", flush=True)
-end = TorchSendingEnd(sys.argv[1], sys.stdin.readline().strip(), torch.device("cpu"), 30.0, 30.0)
-end.send(KvMessage(1, "r", 0, torch.ones(2, 1, 2, 2, 16, 16)))
-print("sent", flush=True)
-if sys.argv[2] == "for ever":
-    message = KvMessage(2, "r", 0, torch.ones(2, 1000, 2, 2, 16, 16))
-    while True:
-        end.send(message)
-if sys.argv[2] == "half":
-    end._pair.send(torch.tensor([3, 0, 1000, VERSION]), HEADER_TAG)
-    os.kill(os.getpid(), signal.SIGSTOP)
-sys.stdin.read()
-"""
 
-
-def sending_process(host: LinkHost, epoch: int, what: str = "one") -> "subprocess.Popen[bytes]":
-    process = subprocess.Popen(
-        [sys.executable, "-c", SENDING_PROCESS, host.rendezvous, what],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.getcwd()},
-    )
-    assert process.stdout is not None
-    assert process.stdin is not None
-    assert process.stdout.readline() == b"ready\n"
-    process.stdin.write(host.accept(RECEIVER.id, Peer(WorkerId("prefill-0", epoch), "")).encode() + b"\n")
-    process.stdin.flush()
-    assert process.stdout.readline() == b"sent\n"
+def sending_process(host: LinkHost, epoch: int, what: str = "one") -> Forked:
+    """Returns when it has sent a message."""
+    process = Forked(sender.serve, host.rendezvous, what)
+    assert process.said() == "ready"
+    process.connection.send(host.accept(RECEIVER.id, Peer(WorkerId("prefill-0", epoch), "")))
+    assert process.said() == "sent"
     return process
 
 
@@ -262,8 +236,7 @@ def test_a_killed_sender_is_noticed_at_once_and_can_come_back() -> None:
         net.heard.clear()
         process = sending_process(host, incarnation)
         assert net.wait(1)[0].kv is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        process.end()
         assert net.wait(2, timeout_s=5.0)[1].error
         wait_for(lambda: not host.open_links)
 
@@ -272,8 +245,7 @@ def test_a_sender_killed_in_the_middle_of_a_message() -> None:
     net, host = gloo_net()
     process = sending_process(host, 1, "for ever")
     net.wait(3)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.end()
     wait_for(lambda: net.heard and net.heard[-1].error, timeout_s=20.0)
     assert all(torch.equal(each.kv, torch.ones_like(each.kv)) for each in net.heard[:-1] if each.kv is not None)
     wait_for(lambda: not host.open_links)
@@ -288,8 +260,7 @@ def test_a_sender_stopped_in_the_middle_of_a_message_costs_the_stall_limit() -> 
         assert time.monotonic() - started < 20
         wait_for(lambda: not host.open_links)
     finally:
-        process.kill()
-        process.communicate()
+        process.end()
 
 
 def test_a_receiver_that_reads_no_more_costs_the_stall_limit() -> None:

@@ -1,7 +1,9 @@
 """deploy/ssh.yaml for real: `ray up` on three hosts, requests from a fourth, the loss of a host, `ray down`.
 
-The files are those of deploy/; changed are the addresses of keys, the device (there is no GPU), and where the code and
-its environment come from: the nodes clone this working tree, and use the environment that runs the test.
+The files are those of deploy/; changed are the addresses of hosts and keys, the device (there is no GPU), and where the
+code and its environment come from: the nodes clone this working tree, and use the environment that runs the test.
+
+The hosts are network namespaces, or addresses of the loopback network where those are forbidden; `--hosts` chooses.
 """
 
 import json
@@ -17,21 +19,21 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.hosts import Host, Lab, can_make_hosts
+from tests.support.hosts import Host, Lab
+from tests.support.loopback import LoopbackLab
+from tests.support.namespaces import NamespaceLab, can_make_namespaces
 from tests.support.prometheus import DEPLOY
 
 ROOT = DEPLOY.parent
 ENVIRONMENT = Path(sys.executable).parents[1]
 PROMPTS, TOKENS = 8, 500
-pytestmark = [
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(not can_make_hosts(), reason="this sandbox forbids namespaces"),
-]
+LABS: dict[str, type[Lab[Any]]] = {"namespaces": NamespaceLab, "loopback": LoopbackLab}
+pytestmark = pytest.mark.timeout(600)
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    lab: Lab
+    lab: Lab[Any]
     folder: Path  # the operator's copy of deploy/
 
     @property
@@ -82,12 +84,15 @@ def snapshot_of_the_working_tree(folder: Path) -> str:
     return git("rev-parse", "HEAD").strip()
 
 
-def prepare(folder: Path, lab: Lab, repository: Path) -> None:
+def prepare(folder: Path, lab: Lab[Any], repository: Path) -> None:
     """The operator's copy of deploy/, changed as the module says."""
     shutil.copytree(DEPLOY, folder, ignore=shutil.ignore_patterns("secrets"))
     commit = snapshot_of_the_working_tree(repository)
-    (folder / "source.env").write_text(f"REPOSITORY={repository}\nCOMMIT={commit}\nENVIRONMENT={ENVIRONMENT}\n")
+    environment = lab.nodes_environment(ENVIRONMENT)
+    (folder / "source.env").write_text(f"REPOSITORY={repository}\nCOMMIT={commit}\nENVIRONMENT={environment}\n")
     cluster = yaml.safe_load((folder / "ssh.yaml").read_text())
+    head, *workers = (host.address for host in lab.hosts.values() if host is not lab.operator)
+    cluster["provider"] |= {"head_ip": head, "worker_ips": workers}
     cluster["auth"] = {"ssh_user": "root", "ssh_private_key": str(lab.key)}
     (folder / "ssh.yaml").write_text(yaml.safe_dump(cluster))
     settings = yaml.safe_load((folder / "production.yaml").read_text())
@@ -100,9 +105,10 @@ def prepare(folder: Path, lab: Lab, repository: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+def deployment(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Iterator[Deployment]:
     folder = tmp_path_factory.mktemp("up")
-    with Lab(folder / "lab", ["head", "worker-1", "worker-2"]) as lab:
+    kind = pytestconfig.getoption("--hosts") or ("namespaces" if can_make_namespaces() else "loopback")
+    with LABS[kind](folder / "lab", ["head", "worker-1", "worker-2"]) as lab:
         repository = folder / "repository"
         repository.mkdir()
         deployment = Deployment(lab, folder / "deploy")
@@ -155,8 +161,7 @@ def test_requests_survive_the_loss_of_a_host(deployment: Deployment) -> None:
     lost = {worker["worker"] for worker in workers if host_of(worker) == victim.address}
     asking = subprocess.Popen(operator.command(*deployment.ask(TOKENS)), stdout=subprocess.PIPE, text=True)
     wait_until(started.exists, "tokens to come", 30, 0.01)
-    deployment.lab.cut(victim)
-    victim.power_off()
+    deployment.lab.lose(victim)
     output, _ = asking.communicate(timeout=100)
     disturbed = json.loads(output)
     assert [answer["tokens"] for answer in disturbed] == [answer["tokens"] for answer in undisturbed]
@@ -195,6 +200,5 @@ def test_down_leaves_nothing(deployment: Deployment) -> None:
         assert time.monotonic() < deadline, running
         time.sleep(0.5)
     for host in left:
-        listening = host.run("ss", "-Hltn").splitlines()
-        assert [line.split()[3] for line in listening] == [f"{host.address}:22"]
-        assert host.run("ls", "/dev/shm") == ""
+        assert host.listening() == [f"{host.address}:22"]
+        assert host.shared_memory() == []

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 
+from cluster import serve_app
 from tests.support.engines import bundled_engine, one_by_one
 from tests.support.operator import Operator
 from tidemill import Client
@@ -234,6 +235,11 @@ def test_up_with_a_port_in_use(up: Operator, operator: Operator) -> None:
     assert done.returncode == 1
     assert "is the port in use?" in " ".join(done.stderr.split())
     assert "no cluster 'other' is up" in operator.run("down", "--name", "other").stderr
+
+
+def test_the_keeper_in_ray_serve_raises_what_a_command_said() -> None:
+    with pytest.raises(RuntimeError, match="no cluster 'nonesuch-at-all' is up"):
+        serve_app._tidemill("down", "--name", "nonesuch-at-all")
 
 
 @pytest.mark.parametrize("command", ["up", "down", "status", "role", "scale", "generate", "demo"])

@@ -1,35 +1,26 @@
-"""Machines made of namespaces: each has its own network, processes, home folder and shared memory, and an sshd.
+"""Three hosts and who deploys to them, on one machine: what `ray up` needs to find.
 
-    operator ──bridge──┬── head        The bridge lives in the operator's network: nothing of this machine's is changed.
-                       ├── worker-1    Process 1 of a host is a shell; when it is killed nothing of the host is left.
-                       └── worker-2
-
-Needs root (or CAP_SYS_ADMIN) and Debian's openssh-server, iproute2 and util-linux.
+Each host has an address, a home folder, an sshd on port 22 of its address, and a process 1. namespaces.py makes them as
+machines of their own, loopback.py where a sandbox forbids that. Both need root and Debian's openssh-server.
 """
 
 import os
 import shutil
-import signal
 import subprocess
 import time
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar, Generic, TypeVar
 
 from tests.support.prometheus import tool
 
-NETWORK = "192.0.2"  # for documentation only: nobody's
 OPERATOR = "operator"
-HOST_INIT = """
+# Starts what the host is made of; from then on it is the parent of who has lost his own.
+INIT = """
 set -e
-mount --make-rprivate /
-mount -t tmpfs tmpfs /dev/shm
-mount -t tmpfs tmpfs /run
-mkdir -p /run/sshd /tmp/ray
-mount --bind {folder}/ray /tmp/ray
-for file in passwd hosts resolv.conf; do mount --bind {folder}/$file /etc/$file; done
-hostname {name}
-ip link set lo up
+{prepare}
 {daemon}
 touch {folder}/ready
 while true; do sleep 3600 & wait $!; done
@@ -44,22 +35,17 @@ PermitRootLogin yes
 StrictModes no
 UsePAM no
 PidFile none
+SetEnv {environment}
 """
-
-
-def can_make_hosts() -> bool:
-    """False where the sandbox forbids namespaces."""
-    probe = ["unshare", "--net", "--pid", "--fork", "--mount", "--mount-proc", "--uts", "true"]
-    return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+OF_THE_HOST = ("sleep 3600", "sshd:")
 
 
 @dataclass(slots=True)
-class Host:
+class Host(ABC):
     """One machine. `init` is its process 1, as this machine counts; None when it is off."""
 
     name: str
     address: str
-    network: str  # of `ip netns`
     folder: Path
     init: int | None = None
 
@@ -67,11 +53,16 @@ class Host:
     def home(self) -> Path:
         return self.folder / "home"
 
+    def environment(self) -> dict[str, str]:
+        """What sessions find set, but for what a login shell sets."""
+        return {"HOME": str(self.home)}
+
     def command(self, *command: str) -> list[str]:
         """What runs a command on this host, in its home folder."""
-        environment = [f"HOME={self.home}", f"PATH={os.environ['PATH']}:/usr/sbin:/sbin", "TERM=dumb", "USER=root"]
-        enter = ["nsenter", f"--target={self.init}", "--net", "--mount", "--pid", "--uts"]
-        return [*enter, "env", "-i", f"--chdir={self.home}", *environment, *command]
+        path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+        environment = self.environment() | {"PATH": path, "TERM": "dumb", "USER": "root"}
+        setting = [f"{name}={value}" for name, value in environment.items()]
+        return [*self._enter(), "env", "-i", f"--chdir={self.home}", *setting, *command]
 
     def run(self, *command: str, timeout_s: float = 60.0) -> str:
         """Its output; fails the test with it if it fails."""
@@ -88,50 +79,89 @@ class Host:
 
     def processes(self) -> dict[int, str]:
         """Command lines of all processes of the host, but for what it is made of."""
-        if self.init is None:
-            return {}
-        namespace = os.readlink(f"/proc/{self.init}/ns/pid")
         found = {}
-        for entry in filter(str.isdigit, os.listdir("/proc")):
+        for pid in self._members() if self.init is not None else ():
             try:
-                if os.readlink(f"/proc/{entry}/ns/pid") == namespace:
-                    found[int(entry)] = Path(f"/proc/{entry}/cmdline").read_text().replace("\0", " ").strip()
+                found[pid] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ").strip()
             except OSError:
                 continue  # it ended meanwhile
-        own = ("sleep 3600", "sshd:")
-        return {pid: line for pid, line in found.items() if pid != self.init and line and not line.startswith(own)}
+        return {pid: line for pid, line in found.items() if line and not line.startswith(OF_THE_HOST)}
 
+    @abstractmethod
+    def _enter(self) -> list[str]:
+        """What goes before a command that is to run here."""
+
+    @abstractmethod
+    def _members(self) -> Iterator[int]:
+        """All its processes but the first; it is on."""
+
+    @abstractmethod
+    def listening(self) -> list[str]:
+        """Addresses with ports."""
+
+    @abstractmethod
+    def shared_memory(self) -> list[str]:
+        """Files that programs have left in /dev/shm."""
+
+    @abstractmethod
     def power_off(self) -> None:
         """At once: no process of it says goodbye to anybody."""
-        if self.init is not None:
-            os.kill(self.init, signal.SIGKILL)
-            self.init = None
 
 
-class Lab:
+HostT = TypeVar("HostT", bound=Host)
+
+
+class Lab(ABC, Generic[HostT]):
     """Hosts on one network; `operator` is the machine of who deploys, without sshd."""
+
+    network: ClassVar[str]  # the first three numbers of all addresses
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-        self._tag = f"tm{os.getpid()}"
+        self.folder = folder
+        self.tag = f"tm{os.getpid()}"  # in names that the whole machine sees
         self._started: list[subprocess.Popen[bytes]] = []
-        hosts = [self._host(OPERATOR, 1), *(self._host(name, number) for number, name in enumerate(names, start=10))]
-        self.hosts = {host.name: host for host in hosts}
+        numbers = {OPERATOR: 1} | {name: number for number, name in enumerate(names, start=10)}
+        self.hosts = {
+            name: self._host(name, f"{self.network}.{number}", folder / name) for name, number in numbers.items()
+        }
         self.key = folder / "id_ed25519"
 
-    def _host(self, name: str, number: int) -> Host:
-        return Host(name, f"{NETWORK}.{number}", f"{self._tag}-{name}", self._folder / name)
-
     @property
-    def operator(self) -> Host:
+    def operator(self) -> HostT:
         return self.hosts[OPERATOR]
 
-    def __enter__(self) -> "Lab":
+    def nodes_environment(self, own: Path) -> str:
+        """Where nodes find an environment, for deploy/source.env; `own`: this test's."""
+        return str(own)
+
+    @abstractmethod
+    def lose(self, host: HostT) -> None:
+        """Power and network at once."""
+
+    @abstractmethod
+    def _host(self, name: str, address: str, folder: Path) -> HostT: ...
+
+    @abstractmethod
+    def _wire(self) -> None:
+        """Before any host boots."""
+
+    @abstractmethod
+    def _unwire(self) -> None:
+        """All hosts are off. May be called when wiring failed half-way."""
+
+    @abstractmethod
+    def _prepare(self, host: HostT) -> str:
+        """What its process 1 does before it starts the sshd."""
+
+    @abstractmethod
+    def _first(self, host: HostT, script: str) -> list[str]:
+        """The command that becomes, or starts, process 1 with this script."""
+
+    def __enter__(self) -> "Lab[HostT]":
         try:
-            _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key))
-            for host in self.hosts.values():
-                self._wire(host)
+            run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.key))
+            self._wire()
             for host in self.hosts.values():
                 self._boot(host)
         except BaseException:
@@ -144,71 +174,40 @@ class Lab:
             host.power_off()
         for process in self._started:
             process.wait(10)
-        for host in self.hosts.values():
-            subprocess.run(["ip", "netns", "delete", host.network], capture_output=True, check=False)
+        self._unwire()
 
-    def _wire(self, host: Host) -> None:
-        """A cable from the host to the operator's bridge."""
-        _run("ip", "netns", "add", host.network)
-        operator = self.operator.network
-        if host is self.operator:
-            _run("ip", "-n", operator, "link", "add", "bridge", "type", "bridge")
-            _run("ip", "-n", operator, "address", "add", f"{host.address}/24", "dev", "bridge")
-            _run("ip", "-n", operator, "link", "set", "bridge", "up")
-            return
-        cable = self._cable(host)
-        ends = ["add", cable, "type", "veth", "peer", "name", "eth0", "netns", host.network]
-        _run("ip", "-n", operator, "link", *ends)
-        _run("ip", "-n", operator, "link", "set", cable, "master", "bridge", "up")
-        _run("ip", "-n", host.network, "address", "add", f"{host.address}/24", "dev", "eth0")
-        _run("ip", "-n", host.network, "link", "set", "eth0", "up")
-        # It leads nowhere, but a machine finds out its own address by it.
-        _run("ip", "-n", host.network, "route", "add", "default", "via", self.operator.address)
-
-    @staticmethod
-    def _cable(host: Host) -> str:
-        return f"to-{host.name}"
-
-    def cut(self, host: Host) -> None:
-        """Pull the cable: nobody hears that the host is gone, packets only stop."""
-        _run("ip", "-n", self.operator.network, "link", "set", self._cable(host), "down")
-
-    def _boot(self, host: Host) -> None:
+    def _boot(self, host: HostT) -> None:
+        """Returns when it is on, and its sshd listens."""
         for folder in (host.home, host.folder / "ray"):
             folder.mkdir(parents=True)
-        (host.folder / "passwd").write_text(
-            f"root:x:0:0:root:{host.home}:/bin/bash\nsshd:x:105:65534::/run/sshd:/bin/false\n"
-        )
-        # Names are found without asking anybody, and unknown ones are not waited for.
-        names = [f"{each.address} {each.name}\n" for each in self.hosts.values()]
-        (host.folder / "hosts").write_text("127.0.0.1 localhost\n" + "".join(names))
-        (host.folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")
-        daemon = ""
-        if host is not self.operator:
-            _run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(host.folder / "host_key"))
-            shutil.copy(self.key.with_suffix(".pub"), host.folder / "authorized_keys")
-            (host.folder / "sshd_config").write_text(SSHD_CONFIG.format(address=host.address, folder=host.folder))
-            daemon = f"{tool('sshd')} -f {host.folder}/sshd_config -E {host.folder}/sshd.log"
-        script = HOST_INIT.format(folder=host.folder, name=host.name, daemon=daemon)
+        daemon = "" if host is self.operator else self._sshd(host)
+        script = INIT.format(prepare=self._prepare(host), daemon=daemon, folder=host.folder)
+        log = host.folder / "init.log"
         process = subprocess.Popen(
-            [
-                *["ip", "netns", "exec", host.network, "unshare", "--pid", "--fork", "--kill-child", "--mount-proc"],
-                *["--mount", "--uts", "bash", "-c", script],
-            ],
+            self._first(host, script),
             stdin=subprocess.DEVNULL,
-            stdout=(host.folder / "init.log").open("wb"),
+            stdout=log.open("wb"),
             stderr=subprocess.STDOUT,
+            start_new_session=True,  # not ended by the Ctrl-C that ends the test
         )
         self._started.append(process)
+        host.init = process.pid  # for who has to end a half-made one
         deadline = time.monotonic() + 10
         while not (host.folder / "ready").exists():
-            assert process.poll() is None, (host.folder / "init.log").read_text()
-            assert time.monotonic() < deadline, f"{host.name} did not start: {(host.folder / 'init.log').read_text()}"
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, f"{host.name} did not start: {log.read_text()}"
             time.sleep(0.02)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        host.init = int(children[0])
+
+    def _sshd(self, host: HostT) -> str:
+        """The command that starts it; it goes to the background by itself."""
+        run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(host.folder / "host_key"))
+        shutil.copy(self.key.with_suffix(".pub"), host.folder / "authorized_keys")
+        environment = " ".join(f"{name}={value}" for name, value in host.environment().items())
+        config = SSHD_CONFIG.format(address=host.address, folder=host.folder, environment=environment)
+        (host.folder / "sshd_config").write_text(config)
+        return f"mkdir -p /run/sshd\n{tool('sshd')} -f {host.folder}/sshd_config -E {host.folder}/sshd.log"
 
 
-def _run(*command: str) -> None:
+def run(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"

@@ -2,21 +2,16 @@
 
 import asyncio
 import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 from router.server import RouterServer
-from tests.support.vllm_engines import forkserver
+from tests.support import router_process, worker_process
+from tests.support.forked import Forked
 from tidemill import AsyncClient
-from tidemill.core.model import Member, Peer, Role, WorkerId
+from tidemill.core.model import Member, Peer, Role
 from tidemill.core.settings import (
     DeadlineSettings,
     EmulatedSettings,
@@ -113,108 +108,33 @@ async def local_cluster(settings: Settings, roles: Sequence[Role] = ALL_ROLES) -
             await asyncio.to_thread(worker.stop)
 
 
-class ProcessWorker:
+class ProcessWorker(Forked):
     """A worker in a process of its own, which can be killed."""
 
     def __init__(self, name: str, role: Role, settings: Settings, core: int | None = None) -> None:
         """`core`: the only one it runs on."""
         self.name, self.role = name, role
-        self._process = subprocess.Popen(
-            [
-                *([] if core is None else ["taskset", "--cpu-list", str(core)]),
-                *[sys.executable, "-m", "tests.support.worker_process"],
-                *[name, str(role), settings.model_dump_json()],
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(MODELS.parent)},
-        )
         self.peer: Peer | None = None
+        super().__init__(worker_process.serve, name, role, settings, core)
 
     def wait(self) -> Member:
-        """Its first line says where it serves, but for what vLLM prints before."""
-        assert self._process.stdout is not None
-        line = b"\n"
-        while line and not line.startswith(b"{"):
-            line = self._process.stdout.readline()
-        assert line, f"{self.name} did not start"
-        document = json.loads(line)
-        self.peer = Peer(WorkerId(self.name, document["epoch"]), document["address"])
+        """Until it serves."""
+        self.peer = self.said()
         return Member(self.peer, self.role)
-
-    def signal(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
 
     def trouble_links(self, how: str) -> None:
         """Of the KV that comes to it; see worker_process."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{how}\n".encode())
-        self._process.stdin.flush()
-
-    def end(self) -> None:
-        """Closing its standard input ends it; a killed or stopped one is reaped all the same."""
-        self._process.send_signal(signal.SIGKILL)
-        self._process.communicate()
+        self.connection.send(how)
 
 
-class RouterProcess:
+class RouterProcess(Forked):
     """A router in a process of its own, which can be killed and stopped."""
 
     def __init__(self, settings: Settings, members: Iterable[Member]) -> None:
-        known = [(each.peer.id.name, each.peer.address, str(each.role)) for each in members]
-        arguments = [settings.model_dump_json(), json.dumps(known)]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.router_process", *arguments],
-            stdout=subprocess.PIPE, text=True, cwd=MODELS.parent,
-        )  # fmt: skip
+        super().__init__(router_process.serve, settings, list(members))
 
     async def address(self) -> str:
-        assert self._process.stdout is not None
-        return (await asyncio.to_thread(self._process.stdout.readline)).strip()
-
-    def signal(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-
-class ForkedWorker(ProcessWorker):
-    """Forked from a process that has vLLM imported: it serves in a few seconds."""
-
-    def __init__(self, name: str, role: Role, settings: Settings) -> None:
-        self.name, self.role = name, role
-        self._connection, theirs = forkserver().Pipe()
-        arguments = (name, role, settings, theirs)
-        self._process = forkserver().Process(target=_serve_forked, args=arguments, daemon=True)
-        self._process.start()
-        theirs.close()
-        self.peer: Peer | None = None
-
-    def wait(self) -> Member:
-        try:
-            self.peer = self._connection.recv()
-        except EOFError:
-            raise AssertionError(f"{self.name} did not start") from None
-        return Member(self.peer, self.role)
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self._process.pid is not None
-        os.kill(self._process.pid, number)
-
-    def end(self) -> None:
-        self._process.kill()
-        self._process.join()
-
-
-def _serve_forked(name: str, role: Role, settings: Settings, connection: Connection) -> None:
-    """Until the other end of the connection is gone."""
-    worker = Worker(name, role, settings)
-    connection.send(worker.start())
-    with contextlib.suppress(EOFError):
-        connection.recv()
-    worker.stop()
+        return str(await asyncio.to_thread(self.said))
 
 
 @contextlib.asynccontextmanager
@@ -223,8 +143,7 @@ async def process_cluster(
 ) -> AsyncIterator[tuple[AsyncClient, RouterServer, list[ProcessWorker]]]:
     """Workers in processes of their own; (client, router, workers). `reached` may put another address in a worker's
     place, by which all others know it then."""
-    kind = ForkedWorker if settings.engine.kind == "vllm" else ProcessWorker
-    workers = [kind(name, role, settings) for name, role in member_names(roles)]
+    workers = [ProcessWorker(name, role, settings) for name, role in member_names(roles)]
     router = RouterServer(settings)
     address = await router.start()
     try:

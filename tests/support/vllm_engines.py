@@ -5,26 +5,17 @@ cleared away and the engine serves the next test that wants the same settings.
 """
 
 import atexit
-import multiprocessing
 import pickle
 from dataclasses import dataclass
-from functools import cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tests.support.forked import forkserver
 from tidemill.core.settings import EngineSettings
 
 MOST = 6  # engines that wait for their next test
 LONGEST_DRAFT = 8
-
-
-@cache
-def forkserver() -> Any:
-    """Processes that have vLLM, and a worker's other modules, imported when they begin."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["workers.engine.vllm.engine", "workers.worker"])
-    return context
 
 
 def _serve(connection: Connection, folder: str, settings: EngineSettings, longest_draft: int) -> None:

@@ -1,16 +1,19 @@
-"""python -m tests.support.worker_process NAME ROLE SETTINGS: serve until standard input ends.
+"""A worker in a process of its own.
 
-Lines of it trouble the KV links that come here: `cut`; `delay SECONDS`, of whatever is received; `heal`. Gloo's own
-connections cannot be led through a proxy: both ends exchange their sockets' addresses themselves.
+What the other end of the connection says troubles the KV links that come here: `cut`; `delay SECONDS`, of whatever is
+received; `heal`. Gloo's own connections cannot be led through a proxy: both ends exchange their sockets' addresses
+themselves.
 """
 
-import json
+import contextlib
 import logging
-import sys
+import os
 import threading
+from multiprocessing.connection import Connection
 
 from torch import Tensor
 
+import workers.kv.torch_dist
 from tidemill.core.model import Role
 from tidemill.core.settings import Settings
 from workers.kv.link import LinkError
@@ -44,14 +47,15 @@ def obey(worker: Worker, line: str) -> None:
             TroubledPair.healed.set()
 
 
-if __name__ == "__main__":
+def serve(name: str, role: Role, settings: Settings, core: int | None, connection: Connection) -> None:
+    """Until the other end of the connection, which hears where it serves, is gone. `core`: the only one it runs on."""
     logging.basicConfig(level=logging.WARNING)
-    import workers.kv.torch_dist
-
+    if core is not None:
+        os.sched_setaffinity(0, {core})
     workers.kv.torch_dist.Pair = TroubledPair  # type: ignore[misc]
-    worker = Worker(sys.argv[1], Role(sys.argv[2]), Settings.model_validate_json(sys.argv[3]))
-    peer = worker.start()
-    print(json.dumps({"epoch": peer.id.epoch, "address": peer.address}), flush=True)
-    for line in sys.stdin:
-        obey(worker, line)
+    worker = Worker(name, role, settings)
+    connection.send(worker.start())
+    with contextlib.suppress(EOFError):
+        while True:
+            obey(worker, connection.recv())
     worker.stop()

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from cluster.bench import report
 from cluster.bench.arrivals import Arrival
-from cluster.bench.plots import by_class, plot_distributions, plot_rates
 from cluster.bench.summary import (
     ALL,
     CANCELLED,
@@ -133,14 +132,6 @@ class TestReport:
             summary = list(csv.DictReader(file))
         assert [row["slo_class"] for row in summary] == ["tight", "relaxed", ALL]
         assert (summary[0]["ttft_p50_s"], summary[0]["dropped"], summary[2]["goodput"]) == ("0.3", "1", "1.0")
-
-    def test_plots_of_something_and_of_nothing(self, rows: list[ClassSummary], tmp_path: Path) -> None:
-        for exchanges in (some(), [], [exchange(0, "tight", "overloaded")]):
-            plot_rates(tmp_path / "rates.png", by_class(summarise(exchanges, GOALS, 2.0, 4.0)))
-            plot_distributions(tmp_path / "latencies.png", exchanges, GOALS)
-            for name in ("rates.png", "latencies.png"):
-                assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-                (tmp_path / name).unlink()
 
     def test_a_late_client_is_told(self) -> None:
         assert report.lateness([]) is None

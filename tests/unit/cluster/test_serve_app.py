@@ -67,8 +67,3 @@ def test_one_whose_settings_are_wrong_takes_nothing_down(tmp_path: Path, command
     with pytest.raises(Exception, match="nonesuch"):
         Keeper(str(tmp_path / "nonesuch.yaml"))
     assert not commands
-
-
-def test_what_a_command_said_is_the_error() -> None:
-    with pytest.raises(RuntimeError, match="no cluster 'nonesuch-at-all' is up"):
-        serve_app._tidemill("down", "--name", "nonesuch-at-all")

@@ -177,7 +177,7 @@ def goodput(
 
 
 class TestGold:
-    @settings(max_examples=300, deadline=None)
+    @settings(deadline=None)
     @given(candidates(), budgets, st.sampled_from((FREE, COSTLY, StepTimes())), st.sampled_from((0.0, 0.003)))
     def test_the_same_as_node_by_node(
         self, requests: list[Candidate], budget: Budget, times: StepTimes, overhead_s: float

@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 
 from tests.support.benches import Bench
-from tests.support.engines import SMALL, VOCABULARY, one_by_one
+from tests.support.engines import SMALL, VOCABULARY
+from tests.support.requests import plain, request_of
 from tests.support.workers import fixed_drafts, settings_of
 from tidemill.core.messages import (
     Cancel,
@@ -22,20 +23,10 @@ from tidemill.core.messages import (
 from tidemill.core.model import Request, Role
 from tidemill.core.tree import Shape, prefix_hash
 from tidemill.types import SamplingParams
-from workers.engine.emulated import EmulatedEngine
-
-
-def request_of(name: str = "r", tokens: int = 20, max_tokens: int = 24) -> Request:
-    prompt = tuple(2 + i * 7 % (VOCABULARY - 2) for i in range(tokens))
-    return Request(name, prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=1))
 
 
 def ask(name: str, base: int, tokens: tuple[int, ...], depth: int = 4, ahead: int = 0) -> DraftAsk:
     return DraftAsk(name, base, tuple(tokens), Shape(depth, 2, 12), ahead)
-
-
-def plain(request: Request) -> tuple[int, ...]:
-    return one_by_one(EmulatedEngine(SMALL, VOCABULARY), [request])[request.id]
 
 
 class TestDraftRole:

@@ -6,27 +6,17 @@ from dataclasses import replace
 import pytest
 
 from tests.support.benches import Trio, half_right
-from tests.support.engines import SMALL, VOCABULARY, one_by_one
+from tests.support.engines import SMALL
+from tests.support.requests import plain, request_of
 from tests.support.workers import fixed_drafts, settings_of
 from tidemill.core import metrics
 from tidemill.core.messages import DraftReply, Submit, Tokens
-from tidemill.core.model import Request, SloClass
+from tidemill.core.model import SloClass
 from tidemill.core.tree import TokenTree
-from tidemill.types import SamplingParams
-from workers.engine.emulated import EmulatedEngine
 from workers.speculation import pool
 from workers.speculation.remote import PATIENCE
 
 EVERY_SOURCE = ("draft", "lookup", "recycling", "trigram", "early_layers")
-
-
-def request_of(name: str = "r", tokens: int = 20, max_tokens: int = 24) -> Request:
-    prompt = tuple(2 + i * 7 % (VOCABULARY - 2) for i in range(tokens))
-    return Request(name, prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=1))
-
-
-def plain(request: Request) -> tuple[int, ...]:
-    return one_by_one(EmulatedEngine(SMALL, VOCABULARY), [request])[request.id]
 
 
 class TestTogether:

@@ -1,37 +1,21 @@
-"""The engine loop: changes of role, what routers hear, and the end."""
+"""The engine loop: changes of role, and the end."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from tests.support.benches import Bench, Trio
-from tests.support.engines import SMALL, VOCABULARY, one_by_one
+from tests.support.engines import SMALL, VOCABULARY
+from tests.support.requests import plain, request_of
 from tests.support.workers import settings_of
 from tidemill.core import metrics
-from tidemill.core.lifecycle import LEASE_MOVES, LeaseState
 from tidemill.core.messages import Failed, Failure, Refusal, Refused, Reserve, Submit
-from tidemill.core.metrics import WORKER_SERIES, Metrics
-from tidemill.core.model import Peer, Request, Role, WorkerId, WorkerLoad
+from tidemill.core.model import Role
 from tidemill.core.settings import Settings
-from tidemill.types import SamplingParams
-from workers.engine.base import Engine, Reservation
+from workers.engine.base import Engine
 from workers.engine.emulated import EmulatedEngine
 from workers.engines import Engines
-from workers.kv.lease import LeaseTable
 from workers.kv.link import Arrival
-from workers.mailbox import Mailbox, MailboxFull
-from workers.reports import HEARTBEAT_S, LOAD_PAUSE_S, Reports, Standing
 from workers.role_switch import Move, RoleSwitch
-
-
-def request_of(name: str = "r", tokens: int = 20, max_tokens: int = 24) -> Request:
-    prompt = tuple(2 + i * 7 % (VOCABULARY - 2) for i in range(tokens))
-    return Request(name, prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=1))
-
-
-def plain(request: Request) -> tuple[int, ...]:
-    return one_by_one(EmulatedEngine(SMALL, VOCABULARY), [request])[request.id]
 
 
 def switch(bench: Bench, to: Role, drain_s: float = 5.0) -> RoleSwitch:
@@ -270,186 +254,6 @@ class TestEnd:
         assert bench.engine.load().kv_blocks_used == 0
         with pytest.raises(RuntimeError, match="stopping"):
             wish.done.result(0)
-
-
-class TestReports:
-    """At most one message to each router and turn."""
-
-    STANDING = Standing(WorkerId("w", 1), Role.VERIFY, True, WorkerLoad(kv_blocks_total=80))
-
-    @pytest.fixture
-    def reports(self) -> Reports:
-        reports = Reports(Metrics(WORKER_SERIES))
-        reports.attach(1)
-        reports.attach(2)
-        reports.collect(self.STANDING, 0.0)
-        return reports
-
-    def test_each_event_goes_to_the_router_that_asked(self, reports: Reports) -> None:
-        for index in range(6):
-            reports.take(f"r{index}", 1 + index % 2)
-            reports.emit(Refused(f"r{index}", Refusal.NO_BLOCKS))
-        sent = dict(reports.collect(self.STANDING, 0.01))
-        assert [event.request_id for event in sent[1].events] == ["r0", "r2", "r4"]
-        assert [event.request_id for event in sent[2].events] == ["r1", "r3", "r5"]
-        assert reports.collect(self.STANDING, 0.02) == [], "nothing new, nothing said"
-
-    def test_a_router_hears_nothing_of_the_others_turns(self, reports: Reports) -> None:
-        reports.take("r", 2)
-        reports.emit(Refused("r", Refusal.NO_BLOCKS))
-        assert [router for router, _ in reports.collect(self.STANDING, 0.01)] == [2]
-
-    def test_heartbeats(self, reports: Reports) -> None:
-        assert not reports.collect(self.STANDING, HEARTBEAT_S - 0.01)
-        assert len(reports.collect(self.STANDING, HEARTBEAT_S)) == 2
-        assert not reports.collect(self.STANDING, HEARTBEAT_S + 0.01)
-
-    def test_a_change_of_standing_is_told_at_once_and_one_of_load_soon(self, reports: Reports) -> None:
-        closed = Standing(WorkerId("w", 1), Role.VERIFY, False, self.STANDING.load)
-        assert len(reports.collect(closed, 0.001)) == 2
-        fuller = Standing(WorkerId("w", 1), Role.VERIFY, False, WorkerLoad(kv_blocks_total=80, kv_blocks_used=10))
-        assert not reports.collect(fuller, 0.002)
-        assert len(reports.collect(fuller, 0.002 + LOAD_PAUSE_S)) == 2
-        alike = Standing(WorkerId("w", 1), Role.VERIFY, False, WorkerLoad(kv_blocks_total=80, kv_blocks_used=11))
-        assert not reports.collect(alike, 0.2)
-
-    def test_a_new_router_hears_of_the_load_at_once(self, reports: Reports) -> None:
-        reports.attach(3)
-        assert 3 in dict(reports.collect(self.STANDING, 0.01))
-
-    def test_what_a_router_leaves_behind(self, reports: Reports) -> None:
-        reports.take("a", 1)
-        reports.take("b", 2)
-        assert reports.detach(1) == ["a"]
-        reports.emit(Refused("a", Refusal.NO_BLOCKS))
-        assert not reports.collect(self.STANDING, 0.01)
-        assert not reports.take("b", 3)
-
-    def test_a_step_with_many_requests_is_one_message(self) -> None:
-        bench = Bench(Role.VERIFY)
-        for index in range(10):
-            bench.send(Submit(request_of(f"r{index}", max_tokens=12)))
-        turns = 0
-        while not all(bench.over(f"r{index}") for index in range(10)):
-            bench.turn()
-            turns += 1
-        assert len(bench.sent) <= turns
-        assert max(len(report.events) for _, report in bench.sent) == 10
-        assert turns <= bench.metrics.value(metrics.STEPS, role="verify") + 1
-
-
-class TestMailbox:
-    def test_requests_are_bounded_and_ends_are_not(self) -> None:
-        mailbox, done = Mailbox(limit=2), []
-        mailbox.post(lambda: done.append(1))
-        mailbox.post(lambda: done.append(2))
-        with pytest.raises(MailboxFull):
-            mailbox.post(lambda: done.append(3))
-        mailbox.deliver(lambda: done.append(4))
-        assert mailbox.run(0.0) == 3
-        assert done == [1, 2, 4]
-
-    def test_what_comes_meanwhile_waits_for_the_next_turn(self) -> None:
-        mailbox, done = Mailbox(), []
-
-        def again() -> None:
-            done.append(1)
-            mailbox.deliver(again)
-
-        mailbox.deliver(again)
-        assert mailbox.run(0.0) == 1
-        assert mailbox.run(0.0) == 1
-        assert done == [1, 1]
-
-    def test_a_task_that_raises_does_not_stop_the_others(self) -> None:
-        mailbox, done = Mailbox(), []
-        mailbox.deliver(lambda: 1 / 0)
-        mailbox.deliver(lambda: done.append(1))
-        mailbox.run(0.0)
-        assert done == [1]
-
-
-class TestLeaseTable:
-    HOLDER = Peer(WorkerId("v", 5), "here")
-
-    def test_a_lease_ends_once(self) -> None:
-        table = LeaseTable(self.HOLDER)
-        for state in LEASE_MOVES[LeaseState.GRANTED]:
-            entry = table.grant(request_of(), Reservation(1, 3), 10.0, 100.0)
-            assert table.find(entry.lease.id) is table.of_request("r") is entry
-            assert table.next_deadline() == 110.0
-            table.end(entry, state)
-            assert len(table) == 0
-            assert table.find(entry.lease.id) is table.of_request("r") is None
-            with pytest.raises(RuntimeError):
-                table.end(entry, LeaseState.ABORTED)
-
-    def test_numbers_are_of_their_epoch(self) -> None:
-        first = LeaseTable(self.HOLDER)
-        second = LeaseTable(Peer(WorkerId("v", 6), "here"))
-        ids = [
-            t.grant(request_of(str(i)), Reservation(0, 1), 1.0, 0.0).lease.id for t in (first, second) for i in range(9)
-        ]
-        assert len(set(ids)) == 18
-        assert (
-            max(
-                LeaseTable(Peer(WorkerId("v", 1 << 42), "")).grant(request_of(), Reservation(0, 1), 1.0, 0.0).lease.id,
-                0,
-            )
-            < 1 << 63
-        )
-
-    def test_expired(self) -> None:
-        table = LeaseTable(self.HOLDER)
-        entries = [table.grant(request_of(str(i)), Reservation(0, 1), float(i), 0.0) for i in range(1, 4)]
-        assert table.expired(2.0) == entries[:2]
-
-
-LEASE_EVENTS = st.lists(
-    st.one_of(
-        st.tuples(st.just("grant"), st.integers(0, 5)),
-        st.tuples(st.just("blocks"), st.integers(0, 5)),
-        st.tuples(st.sampled_from(sorted(LEASE_MOVES[LeaseState.GRANTED])), st.integers(0, 5)),
-        st.tuples(st.just("time"), st.integers(1, 8)),
-    ),
-    max_size=60,
-)
-
-
-@given(LEASE_EVENTS)
-def test_whatever_happens_to_leases_each_block_has_one_owner_and_each_lease_one_end(
-    events: list[tuple[str, int]],
-) -> None:
-    """Against a plain picture of what is open: request -> its lease's (number, deadline, blocks that came)."""
-    table, now, size = LeaseTable(TestLeaseTable.HOLDER), 0.0, 4
-    model: dict[str, tuple[int, float, int]] = {}
-    numbers: set[int] = set()
-    for what, which in events:
-        request, entry = request_of(str(which)), table.of_request(str(which))
-        match what:
-            case "grant" if entry is None:
-                lease = table.grant(request, Reservation(0, size), 10.0, now).lease
-                assert lease.id not in numbers, "a number is used once"
-                numbers.add(lease.id)
-                model[request.id] = (lease.id, now + 10.0, 0)
-            case "blocks" if entry is not None and not entry.filled:
-                entry.take(1, 0, 2, 2)
-                number, deadline, came = model[request.id]
-                model[request.id] = (number, deadline, came + 1)
-            case "time":
-                now += which
-                for late in table.expired(now):
-                    table.end(late, LeaseState.EXPIRED)
-                    assert model.pop(late.lease.request_id)[1] <= now
-            case LeaseState() as end if entry is not None:
-                table.end(entry, end)
-                with pytest.raises(RuntimeError):
-                    table.end(entry, LeaseState.ABORTED)
-                del model[request.id]
-        found = {each.lease.request_id: (each.lease.id, each.deadline, each.next_block) for each in table}
-        assert found == model
-        assert all(each.filled == (each.next_block == size) for each in table)
-        assert table.next_deadline() == min((deadline for _, deadline, _ in model.values()), default=None)
 
 
 def test_engines_are_loaded_once() -> None:

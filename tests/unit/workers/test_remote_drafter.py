@@ -2,19 +2,12 @@
 
 import pytest
 
-from tests.support.engines import VOCABULARY
+from tests.support.requests import request_of
 from tidemill.core.messages import Draft, DraftAsk, DraftCall, DraftReply
-from tidemill.core.model import Request
 from tidemill.core.tree import Shape, TokenTree
-from tidemill.types import SamplingParams
 from workers.speculation.remote import MAX_UNANSWERED, PATIENCE, RemoteDrafter, RoundResult, Want
 
 SHAPE = Shape(4, 2, 8)
-
-
-def request_of(name: str = "r", tokens: int = 20, max_tokens: int = 24) -> Request:
-    prompt = tuple(2 + i * 7 % (VOCABULARY - 2) for i in range(tokens))
-    return Request(name, prompt, SamplingParams(max_tokens=max_tokens, ignore_eos=True, seed=1))
 
 
 def deadline(remote: RemoteDrafter, now: float) -> float:
