@@ -57,7 +57,7 @@ class Attempt:
             self._open.append(conversation)
             conversation.send(command)
         except WorkerLost as error:
-            raise AttemptFailed(worker.peer.id, Failure.STOPPING, str(error)) from error
+            raise AttemptFailed(worker.peer.id, error.failure, str(error)) from error
 
     def add(self, worker: WorkerSnapshot, command: Command) -> None:
         """Another command in an open conversation. Raises AttemptFailed if the worker has gone meanwhile."""
@@ -66,7 +66,7 @@ class Attempt:
                 try:
                     conversation.send(command)
                 except WorkerLost as error:
-                    raise AttemptFailed(worker.peer.id, Failure.STOPPING, str(error)) from error
+                    raise AttemptFailed(worker.peer.id, error.failure, str(error)) from error
 
     async def next(self, timeout_s: float, blame: WorkerId) -> Event:
         """The next event. Raises AttemptRefused or AttemptFailed; `blame` is who failed if nothing comes in time."""

@@ -31,7 +31,11 @@ STALL_TICKS = 20  # in the stall limit
 
 
 class WorkerLost(Exception):
-    """The stream to a worker ended; what it held for this router is gone."""
+    """The stream to a worker ended, or the worker is another incarnation; what it held for this router is gone."""
+
+    def __init__(self, detail: str, failure: Failure = Failure.STOPPING) -> None:
+        super().__init__(detail)
+        self.failure = failure
 
 
 Attach = Callable[[str, AsyncIterator[pb.Command]], AsyncGenerator[pb.StepReport, None]]
@@ -287,10 +291,12 @@ class PoolsView:
         return PoolSnapshot(tuple(each.snapshot() for each in self._workers.values() if each.usable(now)))
 
     def connection(self, peer: Peer) -> WorkerConnection:
-        """Raises WorkerLost if it is no member any more."""
+        """Raises WorkerLost if it is no member any more, or has changed its role."""
         worker = self._workers.get(peer.address)
-        if worker is None or worker.peer.id != peer.id:
+        if worker is None:
             raise WorkerLost(f"{peer.id} is gone")
+        if worker.peer.id != peer.id:
+            raise WorkerLost(f"{peer.id} became {worker.peer.id}", Failure.ROLE_CHANGED)
         return worker
 
     def describe(self) -> list[dict[str, object]]:

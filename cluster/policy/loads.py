@@ -21,6 +21,7 @@ FULL = 0.95  # utilisation from which on a queue grows rather than waits
 KV_SHARE = 0.9  # of a pool in use before requests are refused
 PACE_SHARE = 0.9  # of the TPOT goal: not all requests get the mean pace
 CROWDED = 0.8  # share of time in what requests add to steps, from which on steps grow without end
+TESTED = 1.5  # times as long a window is not asked whether its parts agree: the rest of it would say little
 MET = 0.95  # share of requests within their goals, with which nothing needs to change
 ENOUGH_BUSY_S = 3.0  # of prefill workers, to tell how fast they are
 PRIOR, PRIOR_WEIGHT = 0.25, 0.01  # of a step's time for each of requests and KV, until samples that differ tell
@@ -38,12 +39,14 @@ class Seen:
     at: int  # the longest window in which as many requests came all the time, with prompts as long
 
     @classmethod
-    def of(cls, telemetry: RouterTelemetry) -> "Seen":
+    def of(cls, telemetry: RouterTelemetry, age_s: float = math.inf) -> "Seen":
+        """`age_s`: for how long the traffic has been what it is, as far as is known."""
         totals = tuple(window.all for window in telemetry.windows)
         seconds = [window.seconds for window in telemetry.windows]
         prompts = steady(seconds, [each.prompt_tokens for each in totals], [each.prompt_squares for each in totals])
         arrivals = steady(seconds, [each.arrived for each in totals], [each.arrived for each in totals])
-        return cls(telemetry, totals, min(prompts, arrivals))
+        younger = max(sum(each <= age_s for each in seconds) - 1, 0)
+        return cls(telemetry, totals, min(prompts, arrivals, younger))
 
     @property
     def windows(self) -> tuple[Window, ...]:
@@ -53,6 +56,16 @@ class Seen:
     def lasts_s(self) -> float:
         """For how long the traffic has been what it is; infinite if for longer than there are windows."""
         return self.windows[self.at].seconds if self.at < len(self.windows) - 1 else math.inf
+
+    def since(self, before: float, now: float) -> float:
+        """Since when the traffic has been what it is, which was `before` at the last look; at first it is -infinity."""
+        if not self.windows:
+            return before
+        if before == -math.inf:
+            before = now - self.windows[-1].seconds
+        steady_s = self.windows[self.at].seconds
+        known_s = max((each.seconds for each in self.windows if each.seconds <= now - before), default=0.0)
+        return now - steady_s if known_s >= steady_s * TESTED else before
 
     @property
     def settled(self) -> bool:
@@ -71,7 +84,7 @@ def steady(seconds: Sequence[float], sums: Sequence[float], squares: Sequence[fl
     at = 0
     for index in range(1, len(sums)):
         rest_s = seconds[index] - seconds[at]
-        if rest_s < seconds[at] / 2:
+        if seconds[index] < seconds[at] * TESTED:
             continue  # the router has not been up for longer
         deviation = math.sqrt(squares[index] / seconds[index] * (1.0 / seconds[at] + 1.0 / rest_s))
         if abs(sums[at] / seconds[at] - (sums[index] - sums[at]) / rest_s) > CHANGED * deviation:

@@ -23,6 +23,7 @@ from tidemill.core.telemetry import RouterTelemetry, WorkerTelemetry
 
 EARLY_S = 3.0  # after a router's start
 SILENT_S = 3.0  # a worker that has said nothing for so long is none
+CALM_S, CALM = 50.0, 3  # traffic that has not changed for so long; times the margin then
 MISSED, HOPELESS = 3, 5  # times the margin, for a split that misses the goals too, or by more than twice
 SPARE = 0.5  # a load so low that a worker can be had for drafts
 SPARE_PACE = 0.1  # such a chance must last for so many times as long: sustain_s / SPARE_PACE
@@ -97,6 +98,7 @@ class Memory:
     looked_at: float = math.inf
     changed_at: float = -math.inf
     joined: tuple[tuple[Role, float], ...] = ()  # when a role was last given workers
+    traffic_since: float = -math.inf  # it has been what it is
     reversals: int = 0  # changes that took back what the one before them gave, since the traffic last changed
 
 
@@ -110,6 +112,7 @@ class View:
     resting: frozenset[str]  # of these, not before their dwell is over
     loads: Loads
     settled: bool
+    calm: bool  # the traffic has been what it is for so long that roles have been chosen for it
 
 
 Wanted = Decision[tuple[Split, Role] | None]  # the split to have, and the role that it is for
@@ -119,7 +122,7 @@ def rebalance(
     situation: Situation, memory: Memory, config: RebalanceConfig, now: float
 ) -> tuple[Decision[tuple[RoleChange, ...]], Memory]:
     """The changes to begin now, and what to remember for the next look. The order of workers does not matter."""
-    seen = Seen.of(situation.telemetry)
+    seen = Seen.of(situation.telemetry, now - memory.traffic_since)
     memory = _remember(seen, memory, now)
     view = _view(situation, seen, memory, config, now)
     wanted = _wanted(view, situation, config)
@@ -163,7 +166,9 @@ def _view(situation: Situation, seen: Seen, memory: Memory, config: RebalanceCon
             if now - since[name] < config.dwell_s or now - joined.get(worker.role, -math.inf) < role_dwell_s:
                 resting.add(name)
     movable.sort(key=lambda each: (_residual(each), each.worker.name))
-    return View(counts, serving, tuple(movable), frozenset(resting), _loads(seen, counts[Role.PREFILL]), seen.settled)
+    calm = now - memory.traffic_since >= CALM_S
+    loads = _loads(seen, counts[Role.PREFILL])
+    return View(counts, serving, tuple(movable), frozenset(resting), loads, seen.settled, calm)
 
 
 def _residual(worker: WorkerTelemetry) -> int:
@@ -212,7 +217,8 @@ def _worthwhile(view: View, situation: Situation, config: RebalanceConfig) -> Wa
         return Decision(None, RebalanceReason.NO_SPLIT)
     worst = view.loads.worst(target)
     relief = 1.0 - worst / ratios[short]
-    if relief < config.margin * (1 if worst <= 1.0 else MISSED if worst <= 2.0 else HOPELESS):
+    times = 1 if worst <= 1.0 else MISSED if worst <= 2.0 else HOPELESS
+    if relief < config.margin * (max(times, CALM) if view.calm else times):
         return Decision(None, RebalanceReason.NO_BETTER_SPLIT)
     if relief * config.dwell_s < share_moved(target, view.counts) * situation.switch_s:
         return Decision(None, RebalanceReason.NOT_WORTH_IT)
@@ -265,8 +271,13 @@ def _remember(seen: Seen, memory: Memory, now: float) -> Memory:
     for worker in seen.telemetry.workers:
         role, at = before.get(worker.worker.name, (None, now))
         since.append((worker.worker.name, worker.role, at if role is worker.role else now))
-    same = not seen.windows or seen.lasts_s >= now - memory.changed_at
-    return replace(memory, since=tuple(sorted(since)), reversals=memory.reversals if same else 0)
+    traffic_since = seen.since(memory.traffic_since, now)
+    return replace(
+        memory,
+        since=tuple(sorted(since)),
+        traffic_since=traffic_since,
+        reversals=memory.reversals if traffic_since <= memory.changed_at else 0,
+    )
 
 
 def _accumulate(memory: Memory, view: View, wanted: Wanted, config: RebalanceConfig, now: float) -> Memory:

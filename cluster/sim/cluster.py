@@ -168,14 +168,13 @@ class Simulation:
         holder = self._by_id[verify.peer.id]
         journey.prefill_worker = str(prefill.peer.id) if prefill else ""
         if prefill is None:
-            holder.compute(sequence)
-            return self._wake(holder)
-        journey.pauses = 0
-        holder.lease(sequence)
-        worker = self._by_id[prefill.peer.id]
-        sequence.holder = holder
-        worker.compute(sequence)
-        self._wake(worker)
+            sequence.holder, sequence.computer = None, holder
+        else:
+            journey.pauses = 0
+            holder.lease(sequence)
+            sequence.holder, sequence.computer = holder, self._by_id[prefill.peer.id]
+        sequence.computer.compute(sequence)
+        self._wake(sequence.computer)
 
     def _pause(self, sequence: Sequence) -> None:
         journey = sequence.journey
@@ -282,9 +281,16 @@ class Simulation:
     # --- change of role -----------------------------------------------------------------------------------------
 
     def _switch(self, worker: SimWorker, to: Role) -> None:
-        """No new work; decoding requests move to others, the rest is finished, or given up when time is over."""
+        """No new work; what has not begun begins elsewhere, decoding requests move to others, the rest is finished, or
+        given up when time is over.
+        """
         worker.accepting = False
         self._changing[worker.id.name] = to
+        for sequence in worker.not_begun():
+            for other in (sequence.computer, sequence.holder):
+                if other is not None:
+                    other.hand_back(sequence)
+            self._attempt(sequence)
         self._report(worker)
         self._drain(worker, to, self._loop.now + self._config.drain_s)
 

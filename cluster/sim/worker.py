@@ -42,6 +42,7 @@ class Sequence:
     ready_at: float = 0.0  # when its KV was complete
     fresh: bool = True  # no token from here yet
     holder: "SimWorker | None" = None  # the verify worker whose lease waits for its KV
+    computer: "SimWorker | None" = None  # the worker that has its prompt
 
     def since_joined(self, emitted: float) -> float:
         """Tokens it got here."""
@@ -151,6 +152,18 @@ class SimWorker:
         self._seen = None
         self.prompts.append(sequence)
         self._queued_tokens += sequence.context
+
+    def not_begun(self) -> list[Sequence]:
+        """Of what was sent here, and not preempted since."""
+        return [each for each in (*self.prompts, *self.leased.values()) if each.started_at is None and not each.got]
+
+    def hand_back(self, sequence: Sequence) -> None:
+        """One that has not begun goes elsewhere."""
+        self.end_lease(sequence)
+        if sequence in self.prompts:
+            self._seen = None
+            self.prompts.remove(sequence)
+            self._queued_tokens -= sequence.context
 
     def decode(self, sequence: Sequence) -> None:
         """Its KV is here."""

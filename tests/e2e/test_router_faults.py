@@ -10,6 +10,7 @@ from tests.support.local import local_cluster, settings_for
 from tests.support.scripted_worker import (
     ScriptedWorker,
     expected_tokens,
+    lease_for,
     obliging_prefill,
     obliging_verify,
     router_settings,
@@ -195,6 +196,22 @@ async def test_failing_too_often_is_unavailable() -> None:
             await it.client.generate(SHORT, max_tokens=3)
         assert sum(worker.count(Submit) for worker in workers) == 2
         assert it.count(metrics.REQUESTS, outcome="unavailable") == 1
+
+
+async def test_a_prefill_worker_that_changes_its_role_before_its_turn_comes_has_failed_nobody() -> None:
+    """It was chosen, but the lease took its time; with every retry spent on such, requests would be lost in a wave."""
+    worker, prefill = verify("verify-0", silent), ScriptedWorker("prefill-0", Role.PREFILL, silent)
+    async with stage(router_settings(router={"max_retries": 0}), worker, prefill) as it:
+        task = asyncio.create_task(it.client.generate(LONG, max_tokens=3))
+        request = (await worker.heard(Reserve)).request
+        prefill.become(Role.VERIFY, 2)
+        prefill.say()
+        await it.until(lambda: "prefill-0@2" in str(it.router.describe()))
+        worker.on, prefill.on = obliging_verify(worker), obliging_verify(prefill)
+        worker.say(lease_for(worker, request))
+        done = await task
+        assert done.summary.output_tokens == 3
+        assert it.count(metrics.RETRIES, failure="role_changed") == 1
 
 
 async def test_a_finished_answer_survives_the_death_of_its_worker() -> None:

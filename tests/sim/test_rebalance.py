@@ -59,6 +59,32 @@ def test_roles_follow_the_traffic_within_seconds() -> None:
     assert run.split[0] >= 7
 
 
+def test_traffic_is_as_old_as_its_last_change_however_much_older_the_windows_are() -> None:
+    run = Run(cluster_of(5, 0, 7)).advance(OUTPUTS, 60)
+    assert run.memory.traffic_since <= 2.0
+    changed = run.cluster.now
+    run.advance(PROMPTS, 5)
+    for _ in range(8):
+        assert changed - 1.0 <= run.memory.traffic_since <= changed + 4.0
+        run.advance(PROMPTS, 10)
+
+
+def test_when_the_traffic_has_been_the_same_for_a_minute_a_change_must_relieve_more() -> None:
+    """Whatever the load, it changes nothing else."""
+    kept = 0
+    for rate in (23.0 + 0.2 * step for step in range(20)):
+        cluster, memory = cluster_of(6, 0, 6), Memory()
+        for _ in range(30):
+            cluster.advance(replace(PROMPTS, rate=rate))
+            memory = rebalance(Situation(cluster.picture()), memory, RebalanceConfig(sustain_s=1e9), cluster.now)[1]
+        eager = RebalanceConfig(sustain_s=0.0)
+        long_since = replace(memory, traffic_since=cluster.now - 60.0)
+        now, later = (rebalance(Situation(cluster.picture()), m, eager, cluster.now)[0] for m in (memory, long_since))
+        assert later == now or (later.reason is RebalanceReason.NO_BETTER_SPLIT and now.choice)
+        kept += later != now
+    assert kept
+
+
 @given(
     st.tuples(st.integers(1, 8), st.integers(1, 8)),
     st.builds(Load, st.floats(0.5, 80), st.integers(20, 3000), st.integers(2, 500)),
