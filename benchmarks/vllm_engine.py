@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from unittest import mock
 
 from benchmarks.padded import make_padded
 from benchmarks.speculation import CHANNELS
@@ -42,10 +43,9 @@ ENGINE = EngineSettings(kind="vllm", dtype="float32", block_size=32, kv_blocks=5
 Stamps = list[tuple[float, int]]  # when tokens came, and how many
 
 
-def alone(connection: Connection, folder: str, threads: int) -> None:
+def alone(connection: Connection, folder: str) -> None:
     """vLLM by itself, in a process of its own: prompts and a length come, stamps of each prompt go."""
     os.environ |= {
-        "OMP_NUM_THREADS": str(threads),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
     }
@@ -89,11 +89,12 @@ def alone(connection: Connection, folder: str, threads: int) -> None:
 class Alone:
     def __init__(self, folder: Path, threads: int) -> None:
         self._connection, theirs = multiprocessing.Pipe()
-        arguments = (theirs, str(folder), threads)
+        arguments = (theirs, str(folder))
         self._process = multiprocessing.get_context("spawn").Process(target=alone, args=arguments, daemon=True)
-        os.environ |= {"LD_PRELOAD": str(INTEL), "KMP_BLOCKTIME": "1"}  # as vLLM's manual says
-        self._process.start()
-        del os.environ["LD_PRELOAD"], os.environ["KMP_BLOCKTIME"]
+        # As vLLM's manual says. The process imports torch with this module, so all of it has to be there before.
+        own = {"LD_PRELOAD": str(INTEL), "KMP_BLOCKTIME": "1", "OMP_NUM_THREADS": str(threads)}
+        with mock.patch.dict(os.environ, own):
+            self._process.start()
         self._connection.recv()
 
     def serve(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[Stamps]:
