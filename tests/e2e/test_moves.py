@@ -20,8 +20,11 @@ from tidemill.core.model import Role
 @pytest.mark.parametrize("speculation", [False, True])
 async def test_back_and_forth_under_load(speculation: bool) -> None:
     roles = (Role.PREFILL, Role.VERIFY, Role.VERIFY, *([Role.DRAFT] if speculation else []))
-    rng, outcomes = random.Random(0), []
-    async with process_cluster(settings_for("native", speculation=speculation), roles) as (_, router, workers):
+    settings, rng, outcomes = settings_for("native", speculation=speculation), random.Random(0), []
+    # Four workers may share two cores with other tests: none of the moves is to be called off for being slow.
+    patient = settings.deadlines.model_copy(update={"resume_s": 30.0, "move_s": 30.0})
+    settings = settings.model_copy(update={"deadlines": patient})
+    async with process_cluster(settings, roles) as (_, router, workers):
         async with AsyncClient(router.address, retries=0) as client:
             load = await Load.of(client, mixed_items(12))
             verify = [each.peer.id for each in workers if each.role is Role.VERIFY and each.peer is not None]
