@@ -82,7 +82,8 @@ class Worker:
         self._step_times = StepTimes()  # of the target's engine
         engine = self._engines.of(role)
         if role is not Role.DRAFT and settings.speculation.enabled and settings.speculation.adaptive:
-            measure_steps(engine, self._step_times, settings.engine.max_running)
+            at_once = min(settings.engine.max_running, settings.engine.max_batch_tokens)
+            measure_steps(engine, self._step_times, at_once)
         self.metrics = Metrics(WORKER_SERIES)
         if engine.info.kind == "vllm":
             self.metrics.pass_through("vllm:")
