@@ -1,12 +1,13 @@
 """What drafts from a draft worker are worth: mean time per output token with and without, over the real streams.
 
-    python -m benchmarks.speculation                     # everything: about 15 minutes
+    python -m benchmarks.speculation                     # everything: over an hour
     python -m benchmarks.speculation --part batch1 --rounds 1
 
 batch1   one request at a time, greedy and at temperature 1: none, a fixed chain of 4, and drafts as they come out of
          the box (adaptive, ahead of the verdict)
 delay    the same, greedy, with 0, 1, 5 and 20 ms more each way between the workers: out of the box, and synchronous
 batch8   eight at a time: none, the fixed chain, out of the box
+         (answers of 41 to 150 tokens, so that no way keeps its requests in step; the same in the next part)
 lost     two at a time with a draft worker that was killed, stopped or is half a second away: none, out of the box
 vllm     ours again, and vLLM without and with its own `draft_model` speculation, greedy, with drafts of 2, 3, 4 and 5;
          the same pair, prompts and two cores in all (needs .venv-vllm, see `make bench`)
@@ -88,6 +89,13 @@ def measure_vllm(target: Path, requests: int, venv: Path, drafts: int) -> Measur
     return Measured(document["tpot_s"], document["tokens_per_s"], 0.0, 0.0, tokens)
 
 
+def progress_line(number: int, rounds: int, part: str, way: str, measured: Measured) -> str:
+    """What is known as soon as one way is through; medians and verdicts come at the end."""
+    figures = f"TPOT {measured.tpot_s * 1e3:.1f} ms, {measured.tokens_per_s:.1f} tokens/s"
+    figures += f", {measured.accepted:.2f} of {measured.drafted:.2f} drafted tokens accepted a step" * (way != NONE)
+    return f"round {number} of {rounds}: {part}, {way}: {figures}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", help="only parts that begin so; may be given again")
@@ -111,12 +119,13 @@ def main() -> None:
     for number in range(args.rounds):
         for part in parts:
             for way in part.ways:
-                console.print(f"round {number + 1} of {args.rounds}: {part.name}, {way}", style="dim")
-                found.setdefault((part.name, way), []).append(asyncio.run(measure(part.work, WAYS[way])))
+                measured = asyncio.run(measure(part.work, WAYS[way]))
+                found.setdefault((part.name, way), []).append(measured)
+                console.print(progress_line(number + 1, args.rounds, part.name, way, measured), style="dim")
         for way, drafts in VLLM_DRAFTS.items() if wanted(VLLM_THEIRS) else ():
-            console.print(f"round {number + 1} of {args.rounds}: {VLLM_THEIRS}, {way}", style="dim")
             measured = measure_vllm(target, args.requests, args.venv, drafts)
             found.setdefault((VLLM_THEIRS, way), []).append(measured)
+            console.print(progress_line(number + 1, args.rounds, VLLM_THEIRS, way, measured), style="dim")
     report(console, found, args.out / "speculation.csv")
 
 

@@ -30,11 +30,16 @@ class Work:
 
     target: Path
     requests: int = 8
-    tokens: int = 96
+    tokens: int = 96  # in the mean, if there are several at once
     temperature: float = 0.0
     at_once: int = 1
     delay_s: float = 0.0
     strike: signal.Signals | None = None  # what the draft worker gets once it has drafted for the warm-up
+
+    def length(self, number: int) -> int:
+        """Tokens of an answer. Answers that are as long as each other, and begin together, end together without drafts:
+        then prompts are computed in steps that nobody decodes in, which drafts would be blamed for ending."""
+        return self.tokens if self.at_once == 1 else self.tokens * (3 + 2 * (number % 5)) // 7
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,8 @@ async def _serve(client: AsyncClient, work: Work) -> Measured:
     gate = asyncio.Semaphore(work.at_once)
 
     async def one(number: int, prompt: str) -> tuple[float, tuple[int, ...], int, int, int]:
-        params = SamplingParams(max_tokens=work.tokens, temperature=work.temperature, seed=number, ignore_eos=True)
+        length, warmth = work.length(number), work.temperature
+        params = SamplingParams(max_tokens=length, temperature=warmth, seed=number, ignore_eos=True)
         tokens: tuple[int, ...] = ()
         first_at, first, last_at = 0.0, 0, 0.0
         async with gate:

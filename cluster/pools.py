@@ -183,11 +183,12 @@ class Pools:
         return actor.remote(name, str(role), self._settings)
 
     def _runtime_env(self, role: Role) -> dict[str, Any]:
-        """vLLM takes long to import, so its workers' processes are forked from one that has done so."""
-        found: dict[str, Any] = {"env_vars": {"OMP_NUM_THREADS": str(self._settings.threads_of(role))}}
-        if self._settings.engine.kind == "vllm" and role is not Role.DRAFT:
-            found["py_executable"] = preimported.executable()
-        return found
+        """Engines take long to import, so workers' processes are forked from one that has done so."""
+        on_vllm = self._settings.engine.kind == "vllm" and role is not Role.DRAFT
+        return {
+            "env_vars": {"OMP_NUM_THREADS": str(self._settings.threads_of(role))},
+            "py_executable": preimported.executable("vllm" if on_vllm else "native"),
+        }
 
     def request_room(self, workers: int) -> None:
         """Have Ray's autoscaler keep nodes for so many workers; without reservations there is nothing to ask for."""

@@ -1,9 +1,9 @@
-"""Worker processes forked from one that has vLLM imported, which takes a cold one most of its start.
+"""Worker processes forked from one that has imported what their engine needs, which takes a cold one most of its start.
 
-Ray begins a worker's process with `python -m cluster.preimported default_worker.py ...` (runtime_env: py_executable).
-That one asks the node's server for a fork, hands it its own arguments, environment and standard streams, and stays as
-long as the fork lives, as who asked Ray for a process expects. The first to ask starts the server; it ends when the
-node's raylet does.
+Ray begins a worker's process with `python -m cluster.preimported ENGINE default_worker.py ...` (runtime_env:
+py_executable). That one asks the node's server for a fork, hands it its own arguments, environment and standard
+streams, and stays as long as the fork lives, as who asked Ray for a process expects. The first to ask starts the server
+of its engine; it ends when the node's raylet does.
 """
 
 import contextlib
@@ -23,19 +23,27 @@ import psutil
 
 from workers.openmp import choose_openmp
 
-MODULES = ("ray._private.node", "workers.engine.vllm.engine", "workers.worker")
+MODULES = {
+    "native": ("ray._private.node", "workers.worker"),
+    "vllm": ("ray._private.node", "workers.engine.vllm.engine", "workers.worker"),
+}
+SERVE = "serve"  # in the place of a file to run
 LOOK_S = 0.5  # how often the server sees whether forks, and the raylet, still live
 Fork = tuple[dict[str, object], list[int]]  # what it is to run, and its standard streams
 
 
-def executable() -> str:
+def executable(engine: str) -> str:
     """For runtime_env. Tidemill is installed in the same place on every node."""
-    return f"{sys.executable} -m cluster.preimported"
+    return " ".join(_command(engine))
 
 
-def ask(arguments: list[str]) -> int:
+def _command(engine: str) -> list[str]:
+    return [sys.executable, "-m", "cluster.preimported", engine]
+
+
+def ask(engine: str, arguments: list[str]) -> int:
     """Run `arguments`, a Python file's, in a fork of the server; returns its exit status when it has ended."""
-    with _connect(os.getppid()) as server:
+    with _connect(engine, os.getppid()) as server:
         wanted = json.dumps({"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
         socket.send_fds(server, [len(wanted).to_bytes(4, "big")], [0, 1, 2])
         server.sendall(wanted)
@@ -45,13 +53,13 @@ def ask(arguments: list[str]) -> int:
         return _read(server, 1)[0]
 
 
-def _connect(raylet: int) -> socket.socket:
-    """To the server of this user and raylet; it is started if nobody listens."""
+def _connect(engine: str, raylet: int) -> socket.socket:
+    """To the server of this user, engine and raylet; it is started if nobody listens."""
     folder = Path(tempfile.gettempdir()) / f"tidemill-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} is another user's; set TMPDIR to a folder of your own")
-    path = folder / f"preimported-{raylet}"
+    path = folder / f"{engine}-{raylet}"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         server = socket.socket(socket.AF_UNIX)
@@ -63,7 +71,7 @@ def _connect(raylet: int) -> socket.socket:
                 listener.bind(str(path))
                 listener.listen(64)
                 server.connect(str(path))  # answered once the imports are done
-                command = [sys.executable, "-m", "cluster.preimported", "serve", str(listener.fileno()), str(raylet)]
+                command = [*_command(engine), SERVE, str(listener.fileno()), str(raylet)]
                 subprocess.Popen(command, pass_fds=[listener.fileno()], start_new_session=True)
     return server
 
@@ -75,13 +83,13 @@ def _read(connection: socket.socket, count: int) -> bytes:
     return data
 
 
-def serve(listener: socket.socket, raylet: int) -> Fork | None:
+def serve(engine: str, listener: socket.socket, raylet: int) -> Fork | None:
     """Fork for whoever asks; returns in each fork what it is to run, and None in the server when the raylet ended."""
     server = os.getpid()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:
         choose_openmp()
-        for module in MODULES:
+        for module in MODULES[engine]:
             importlib.import_module(module)
         return _fork_for_askers(listener, raylet)
     finally:
@@ -152,9 +160,10 @@ def run(wanted: dict[str, object], streams: list[int]) -> None:
 
 
 def main() -> None:
-    if sys.argv[1] != "serve":
-        sys.exit(ask(sys.argv[1:]))
-    asked = serve(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]))
+    engine, *arguments = sys.argv[1:]
+    if arguments[0] != SERVE:
+        sys.exit(ask(engine, arguments))
+    asked = serve(engine, socket.socket(fileno=int(arguments[1])), int(arguments[2]))
     if asked is not None:
         run(*asked)
 

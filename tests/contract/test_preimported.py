@@ -1,4 +1,4 @@
-"""Worker processes as Ray starts them: forks of one that has vLLM imported, which ends when who wanted them does."""
+"""Worker processes as Ray starts them: forks of one that has its engine imported and ends when who wants them does."""
 
 import os
 import subprocess
@@ -9,32 +9,34 @@ from pathlib import Path
 
 import pytest
 
+IMPORTED = {"native": "workers.engine.native.engine", "vllm": "vllm.v1.engine.llm_engine"}
 WORKER = """
 import sys
-print("vllm.v1.engine.llm_engine" in sys.modules, __name__, sys.argv[1], flush=True)
-sys.exit(int(sys.argv[1]))
+print(sys.argv[1] in sys.modules, __name__, sys.argv[2], flush=True)
+sys.exit(int(sys.argv[2]))
 """
 RAYLET = """
 import subprocess, sys, time
 for status in ("3", "4", "5"):
     started = time.monotonic()
-    done = subprocess.run([sys.executable, "-m", "cluster.preimported", sys.argv[1], status])
+    done = subprocess.run([sys.executable, "-m", "cluster.preimported", *sys.argv[1:], status])
     print("ended", done.returncode, time.monotonic() - started, flush=True)
 """
 
 
-@pytest.mark.vllm
-def test_processes_are_forked_and_nothing_stays(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["native", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_processes_are_forked_and_nothing_stays(engine: str, tmp_path: Path) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
-    raylet = subprocess.Popen([sys.executable, "-c", RAYLET, str(worker)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-c", RAYLET, engine, str(worker), IMPORTED[engine]]
+    raylet = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     out, _ = raylet.communicate(timeout=120)
     lines = [line.split() for line in out.splitlines() if line.startswith(("True", "False", "ended"))]
     assert [line[:3] for line in lines[::2]] == [["True", "__main__", status] for status in "345"]
     assert [line[1] for line in lines[1::2]] == ["3", "4", "5"], "exit statuses are passed on"
     first, *others = (float(line[2]) for line in lines[1::2])
     assert max(others) < first / 2, "but for the first, none imports anything"
-    socket = Path(tempfile.gettempdir()) / f"tidemill-{os.getuid()}" / f"preimported-{raylet.pid}"
+    socket = Path(tempfile.gettempdir()) / f"tidemill-{os.getuid()}" / f"{engine}-{raylet.pid}"
     deadline = time.monotonic() + 10
     while socket.exists():
         assert time.monotonic() < deadline, "the server did not end"
