@@ -121,11 +121,15 @@ def main() -> None:
             for way in part.ways:
                 measured = asyncio.run(measure(part.work, WAYS[way]))
                 found.setdefault((part.name, way), []).append(measured)
-                console.print(progress_line(number + 1, args.rounds, part.name, way, measured), style="dim")
+                console.print(
+                    progress_line(number + 1, args.rounds, part.name, way, measured), style="dim", soft_wrap=True
+                )
         for way, drafts in VLLM_DRAFTS.items() if wanted(VLLM_THEIRS) else ():
             measured = measure_vllm(target, args.requests, args.venv, drafts)
             found.setdefault((VLLM_THEIRS, way), []).append(measured)
-            console.print(progress_line(number + 1, args.rounds, VLLM_THEIRS, way, measured), style="dim")
+            console.print(
+                progress_line(number + 1, args.rounds, VLLM_THEIRS, way, measured), style="dim", soft_wrap=True
+            )
     report(console, found, args.out / "speculation.csv")
 
 

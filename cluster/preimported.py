@@ -3,13 +3,14 @@
 Ray begins a worker's process with `python -m cluster.preimported ENGINE default_worker.py ...` (runtime_env:
 py_executable). That one asks the node's server for a fork, hands it its own arguments, environment and standard
 streams, and stays as long as the fork lives, as who asked Ray for a process expects. The first to ask starts the server
-of its engine; it ends when the node's raylet does.
+of its engine; it ends when the node's raylet does. Where no server can be had the process does its own imports.
 """
 
 import contextlib
 import fcntl
 import importlib
 import json
+import logging
 import os
 import runpy
 import signal
@@ -22,6 +23,8 @@ from pathlib import Path
 import psutil
 
 from workers.openmp import choose_openmp
+
+log = logging.getLogger(__name__)
 
 MODULES = {
     "native": ("ray._private.node", "workers.worker"),
@@ -42,7 +45,10 @@ def _command(engine: str) -> list[str]:
 
 
 def ask(engine: str, arguments: list[str]) -> int:
-    """Run `arguments`, a Python file's, in a fork of the server; returns its exit status when it has ended."""
+    """Run `arguments`, a Python file's, in a fork of the server; returns its exit status when it has ended.
+
+    Raises OSError if there is no server, or none that could import what it is to.
+    """
     with _connect(engine, os.getppid()) as server:
         wanted = json.dumps({"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
         socket.send_fds(server, [len(wanted).to_bytes(4, "big")], [0, 1, 2])
@@ -50,7 +56,10 @@ def ask(engine: str, arguments: list[str]) -> int:
         fork = int.from_bytes(_read(server, 4), "big")
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, _: os.kill(fork, number))
-        return _read(server, 1)[0]
+        try:
+            return _read(server, 1)[0]
+        except OSError:
+            return 1  # nobody knows how it ended
 
 
 def _connect(engine: str, raylet: int) -> socket.socket:
@@ -79,7 +88,7 @@ def _connect(engine: str, raylet: int) -> socket.socket:
 def _read(connection: socket.socket, count: int) -> bytes:
     data = connection.recv(count, socket.MSG_WAITALL)
     if len(data) < count:
-        raise SystemExit("the process that worker processes are forked from has ended")
+        raise ConnectionError("the process that worker processes are forked from has ended")
     return data
 
 
@@ -112,7 +121,7 @@ def _fork_for_askers(listener: socket.socket, raylet: int) -> Fork | None:
         try:
             size, streams, _, _ = socket.recv_fds(asker, 4, 3)
             wanted = json.loads(_read(asker, int.from_bytes(size, "big")))
-        except (OSError, ValueError, SystemExit):
+        except (OSError, ValueError):
             asker.close()
             continue
         fork = os.fork()
@@ -155,17 +164,27 @@ def run(wanted: dict[str, object], streams: list[int]) -> None:
     assert isinstance(arguments, list)
     os.environ.update(environment)  # what the imports have set stays
     os.chdir(str(wanted["folder"]))
+    _run_here(arguments)
+
+
+def _run_here(arguments: list[str]) -> None:
     sys.argv = arguments
     runpy.run_path(arguments[0], run_name="__main__")
 
 
 def main() -> None:
     engine, *arguments = sys.argv[1:]
-    if arguments[0] != SERVE:
+    if arguments[0] == SERVE:
+        asked = serve(engine, socket.socket(fileno=int(arguments[1])), int(arguments[2]))
+        if asked is not None:
+            run(*asked)
+        return
+    try:
         sys.exit(ask(engine, arguments))
-    asked = serve(engine, socket.socket(fileno=int(arguments[1])), int(arguments[2]))
-    if asked is not None:
-        run(*asked)
+    except OSError as error:
+        log.warning("this process does its own imports: %s", error)
+    choose_openmp()
+    _run_here(arguments)
 
 
 if __name__ == "__main__":

@@ -41,3 +41,16 @@ def test_processes_are_forked_and_nothing_stays(engine: str, tmp_path: Path) -> 
     while socket.exists():
         assert time.monotonic() < deadline, "the server did not end"
         time.sleep(0.1)
+
+
+def test_without_a_server_a_process_imports_for_itself(tmp_path: Path) -> None:
+    """Here nobody can listen, since the path would be too long for a socket."""
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    command = [sys.executable, "-m", "cluster.preimported", "native", str(worker), IMPORTED["native"], "3"]
+    environment = os.environ | {"TMPDIR": str(folder)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.split()) == (3, ["False", "__main__", "3"])
+    assert "does its own imports: AF_UNIX path too long" in done.stderr
