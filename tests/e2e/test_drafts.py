@@ -17,7 +17,7 @@ from tidemill.core import metrics
 from tidemill.core.model import Role
 from tidemill.core.settings import SpeculationSettings
 
-LONGEST, CHUNK, KV_BLOCKS = 32, 28, 16  # tokens of a prompt, rows of a step; eight requests end with 40 blocks
+LONGEST, CHUNK, KV_BLOCKS = 32, 28, 11  # tokens of a prompt, rows of a step; a request ends with five blocks
 BUILDERS = ("chain", "beam", "heap", "static")
 LOCAL = ("early_layers", "lookup", "recycling", "trigram")
 WITH_DRAFT_WORKERS = (("draft",), *(("draft", source) for source in LOCAL), ("draft", *LOCAL))
