@@ -11,6 +11,7 @@ from dataclasses import asdict
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -308,9 +309,16 @@ def demo(
 app.command()(bench)
 
 
-def _end(number: int, _frame: object) -> None:
-    """As after Ctrl-C: what a command started is taken down on the way out."""
-    sys.exit(128 + number)
+def _end(number: int, frame: FrameType | None) -> None:
+    """As after Ctrl-C: what a command started is taken down on the way out.
+
+    While asyncio runs, its own handler of Ctrl-C does it: a SystemExit in the midst of a task is reported as a defect.
+    """
+    interrupt = signal.getsignal(signal.SIGINT)
+    if callable(interrupt) and interrupt is not signal.default_int_handler:
+        interrupt(signal.SIGINT, frame)
+    else:
+        sys.exit(128 + number)
 
 
 def main() -> None:
