@@ -92,7 +92,8 @@ def measure_vllm(target: Path, requests: int, venv: Path, drafts: int) -> Measur
 def progress_line(number: int, rounds: int, part: str, way: str, measured: Measured) -> str:
     """What is known as soon as one way is through; medians and verdicts come at the end."""
     figures = f"TPOT {measured.tpot_s * 1e3:.1f} ms, {measured.tokens_per_s:.1f} tokens/s"
-    figures += f", {measured.accepted:.2f} of {measured.drafted:.2f} drafted tokens accepted a step" * (way != NONE)
+    if measured.drafted:
+        figures += f", {measured.accepted:.2f} of {measured.drafted:.2f} drafted tokens accepted a step"
     return f"round {number} of {rounds}: {part}, {way}: {figures}"
 
 

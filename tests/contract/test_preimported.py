@@ -11,16 +11,15 @@ import pytest
 
 IMPORTED = {"native": "workers.engine.native.engine", "vllm": "vllm.v1.engine.llm_engine"}
 WORKER = """
-import sys
-print(sys.argv[1] in sys.modules, __name__, sys.argv[2], flush=True)
+import os, sys
+print(sys.argv[1] in sys.modules, __name__, sys.argv[2], os.getppid(), flush=True)
 sys.exit(int(sys.argv[2]))
 """
 RAYLET = """
-import subprocess, sys, time
+import subprocess, sys
 for status in ("3", "4", "5"):
-    started = time.monotonic()
     done = subprocess.run([sys.executable, "-m", "cluster.preimported", *sys.argv[1:], status])
-    print("ended", done.returncode, time.monotonic() - started, flush=True)
+    print("ended", done.returncode, flush=True)
 """
 
 
@@ -34,8 +33,7 @@ def test_processes_are_forked_and_nothing_stays(engine: str, tmp_path: Path) -> 
     lines = [line.split() for line in out.splitlines() if line.startswith(("True", "False", "ended"))]
     assert [line[:3] for line in lines[::2]] == [["True", "__main__", status] for status in "345"]
     assert [line[1] for line in lines[1::2]] == ["3", "4", "5"], "exit statuses are passed on"
-    first, *others = (float(line[2]) for line in lines[1::2])
-    assert max(others) < first / 2, "but for the first, none imports anything"
+    assert len({line[3] for line in lines[::2]}) == 1, "all are forks of one process"
     socket = Path(tempfile.gettempdir()) / f"tidemill-{os.getuid()}" / f"{engine}-{raylet.pid}"
     deadline = time.monotonic() + 10
     while socket.exists():
@@ -52,5 +50,5 @@ def test_without_a_server_a_process_imports_for_itself(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "cluster.preimported", "native", str(worker), IMPORTED["native"], "3"]
     environment = os.environ | {"TMPDIR": str(folder)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout.split()) == (3, ["False", "__main__", "3"])
+    assert (done.returncode, done.stdout.split()[:3]) == (3, ["False", "__main__", "3"])
     assert "does its own imports: AF_UNIX path too long" in done.stderr
