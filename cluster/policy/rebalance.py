@@ -1,7 +1,7 @@
 """Which workers change their role now: a raw policy, and wrappers that keep it calm.
 
 In order:
-    urgent      a role that must have workers has too few: without cooldown and dwell
+    urgent      a role that must have workers has too few: without cooldown and dwell, and with the fewest changes
     loads       how loaded each role is, as a ratio to the goals (loads.py)
     best split  the raw policy: the split whose most loaded role is the least loaded (splits.py)
     worthwhile  only if a role is near its limit, the new split relieves it by a margin, and the relief pays the switch
@@ -17,7 +17,16 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from cluster.policy.loads import Seen, prefill_load, verify_load
-from cluster.policy.splits import NO_LIMITS, Bounds, Loads, Split, best_split, best_with_one_more, share_moved
+from cluster.policy.splits import (
+    NO_LIMITS,
+    Bounds,
+    Loads,
+    Split,
+    best_split,
+    best_with_one_more,
+    nearest_split,
+    share_moved,
+)
 from tidemill.core.model import Decision, Role
 from tidemill.core.telemetry import RouterTelemetry, WorkerTelemetry
 
@@ -188,7 +197,9 @@ def _wanted(view: View, situation: Situation, config: RebalanceConfig) -> Wanted
 
 
 def _urgent(view: View, situation: Situation, config: RebalanceConfig) -> Wanted | None:
-    """A role that must have workers has too few."""
+    """A role that must have workers has too few: it gets those, and who is best where comes later. What is measured
+    while a role stands still says little of that.
+    """
     windows = situation.telemetry.windows
     if not windows or windows[-1].seconds < EARLY_S:
         return Decision(None, RebalanceReason.TOO_EARLY)
@@ -197,10 +208,12 @@ def _urgent(view: View, situation: Situation, config: RebalanceConfig) -> Wanted
     short = [role for role in (Role.VERIFY, Role.PREFILL, Role.DRAFT) if view.counts[role] < config.bounds[role].least]
     if not short:
         return None
-    target = best_split(view.counts, view.loads, config.bounds, drafts=situation.drafts)
+    none_left = short[0] is Role.VERIFY and not view.counts[Role.VERIFY]
+    within = [config.bounds, NO_LIMITS] if none_left else [config.bounds]  # rather outside its bounds than no service
+    found = (nearest_split(view.counts, view.loads, bounds, drafts=situation.drafts) for bounds in within)
+    target = next((split for split in found if split is not None), None)
     if target is None:
         return Decision(None, RebalanceReason.NO_SPLIT)
-    none_left = short[0] is Role.VERIFY and not view.counts[Role.VERIFY]
     reason = RebalanceReason.NO_VERIFY_LEFT if none_left else RebalanceReason.BELOW_LEAST
     return Decision((target, short[0]), reason)
 

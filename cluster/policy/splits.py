@@ -61,6 +61,15 @@ def best_split(now: Split, loads: Loads, bounds: Mapping[Role, Bounds], *, draft
     )
 
 
+def nearest_split(now: Split, loads: Loads, bounds: Mapping[Role, Bounds], *, drafts: bool) -> Split | None:
+    """The one that fewest workers change their role for; of equals the best. None if the bounds allow none."""
+    return min(
+        splits(sum(now.values()), bounds, drafts=drafts),
+        key=lambda split: (distance(split, now), loads.worst(split), *(split[role] for role in Role)),
+        default=None,
+    )
+
+
 def best_with_one_more(role: Role, now: Split, loads: Loads, bounds: Mapping[Role, Bounds]) -> Split | None:
     """The best split with one worker of another role moved to this one."""
     found = (
@@ -82,5 +91,6 @@ def share_moved(a: Split, b: Split) -> float:
 NO_LIMITS: Mapping[Role, Bounds] = {Role.PREFILL: Bounds(), Role.DRAFT: Bounds(), Role.VERIFY: Bounds(1)}
 
 __all__ = [
-    "NO_LIMITS", "Bounds", "Loads", "Split", "best_split", "best_with_one_more", "distance", "share_moved", "splits",
+    "NO_LIMITS", "Bounds", "Loads", "Split", "best_split", "best_with_one_more", "distance", "nearest_split",
+    "share_moved", "splits",
 ]  # fmt: skip

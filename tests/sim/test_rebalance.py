@@ -132,7 +132,29 @@ def test_switched_off_roles_stay_until_no_verify_worker_is_left() -> None:
     assert (run.split, run.changes) == ((1, 0, 5), []), "neither a load nor a bound moves anyone"
     assert run.reasons[RebalanceReason.OFF] > 0
     run = Run(cluster_of(3, 0, 0), off).advance(Load(1, 100, 10), 10)
-    assert run.split[2] >= 1
+    assert run.split == (2, 0, 1)
+    assert len(run.changes) == 1
+
+
+def test_one_worker_takes_the_place_of_the_last_that_decoded_whatever_the_loads() -> None:
+    """Its router has it for a while, and sees no prompt any more: by the loads everybody should decode."""
+    run = Run(cluster_of(1, 1, 1), RebalanceConfig(only_heal=True), drafts=True).advance(Load(4, 100, 200), 30)
+    run.advance(Load(0, 100, 200), 3)
+    picture = run.cluster.picture()
+    left = tuple(replace(each, accepting=each.role is not Role.VERIFY) for each in picture.workers)
+    for _ in range(4):
+        run.cluster.now += TICK_S
+        situation = Situation(replace(picture, workers=left), drafts=True)
+        decision, run.memory = rebalance(situation, run.memory, run.config, run.cluster.now)
+        if decision.choice:
+            break
+    assert [change.to for change in decision.choice] == [Role.VERIFY]
+
+
+def test_to_decode_comes_before_a_bound_that_is_out_of_reach() -> None:
+    config = RebalanceConfig(bounds=NO_LIMITS | {Role.PREFILL: Bounds(2, None)}, only_heal=True)
+    run = Run(cluster_of(1, 1, 0), config, drafts=True).advance(Load(50, 10, 500), 10)
+    assert run.split[2] == 1
     assert len(run.changes) == 1
 
 
