@@ -31,6 +31,7 @@ MODULES = {
     "vllm": ("ray._private.node", "workers.engine.vllm.engine", "workers.worker"),
 }
 SERVE = "serve"  # in the place of a file to run
+PIDS = Path("/proc/self/ns/pid")  # where the numbers of processes count
 LOOK_S = 0.5  # how often the server sees whether forks, and the raylet, still live
 Fork = tuple[dict[str, object], list[int]]  # what it is to run, and its standard streams
 
@@ -63,12 +64,15 @@ def ask(engine: str, arguments: list[str]) -> int:
 
 
 def _connect(engine: str, raylet: int) -> socket.socket:
-    """To the server of this user, engine and raylet; it is started if nobody listens."""
+    """To the server of this user, engine and raylet; it is started if nobody listens.
+
+    Hosts made of namespaces may share the folder, and each have a raylet of the same number.
+    """
     folder = Path(tempfile.gettempdir()) / f"tidemill-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} is another user's; set TMPDIR to a folder of your own")
-    path = folder / f"{engine}-{raylet}"
+    path = folder / f"{engine}-{PIDS.stat().st_ino if PIDS.exists() else 0}-{raylet}"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         server = socket.socket(socket.AF_UNIX)
