@@ -107,14 +107,18 @@ def main() -> None:
         "--out", type=Path, default=ROOT / "benchmarks" / "out", help="folder for the padded target, CSV"
     )
     args = parser.parse_args()
-    target = args.out / f"padded-{CHANNELS}"
-    if not (target / "model.safetensors").is_file():
-        make_padded(MODELS / "target", target, CHANNELS)
 
     def wanted(name: str) -> bool:
         return not args.part or any(name.startswith(each) for each in args.part)
 
-    parts = [part for part in parts_of(target, args.requests) if wanted(part.name)]
+    target = args.out / f"padded-{CHANNELS}"
+    every = parts_of(target, args.requests)
+    parts = [part for part in every if wanted(part.name)]
+    if not parts and not wanted(VLLM_THEIRS):
+        parser.error(f"--part: none begins so; there are {'; '.join([*(part.name for part in every), VLLM_THEIRS])}")
+    if not (target / "model.safetensors").is_file():
+        make_padded(MODELS / "target", target, CHANNELS)
+
     found: dict[tuple[str, str], list[Measured]] = {}
     console = Console()
     for number in range(args.rounds):
