@@ -2,6 +2,7 @@
 
     .venv-vllm/bin/python -m benchmarks.vllm_engine hand-over   # TTFT and second token at 1,500 prompt tokens
     .venv-vllm/bin/python -m benchmarks.vllm_engine drafts      # tokens a second at batch 1 and 8, padded target
+    .venv-vllm/bin/python -m benchmarks.vllm_engine start       # one more worker, from asking Ray for it to serving
 
 Both sides serve in turn, a round each, and every figure is a median. vLLM alone has its default settings but for the
 type, KV blocks and chunk. Both sides have two cores; vLLM has two threads in either (`--threads`, `--our-threads`),
@@ -25,7 +26,9 @@ from unittest import mock
 from benchmarks.padded import make_padded
 from benchmarks.speculation import CHANNELS
 from cluster import launch
+from cluster.pools import Pools
 from tidemill import Client, Summary
+from tidemill.core.model import Role
 from tidemill.core.settings import (
     ControllerSettings,
     EngineSettings,
@@ -214,6 +217,22 @@ def drafts(args: argparse.Namespace) -> None:
         peer.end()
 
 
+def start(args: argparse.Namespace) -> None:
+    settings = settings_of(
+        MODELS / "target", PoolSettings(prefill=0, draft=0, verify=1), SpeculationSettings(enabled=False)
+    )
+    took = []
+    with cluster(settings):
+        for turn in range(args.rounds):
+            began = time.perf_counter()
+            worker = Pools(settings).start_worker(f"{Role.VERIFY}-{turn + 1}", Role.VERIFY)
+            launch.ray.get(worker.describe.remote())
+            took.append(time.perf_counter() - began)
+            launch.ray.kill(worker)
+            time.sleep(2.0)  # its end is not part of the next one's start
+    print(f"one more vLLM worker serves after {statistics.median(took):.1f} s (median), {max(took):.1f} s (worst)")
+
+
 def decode_rate(stamps: list[Stamps]) -> float:
     """Tokens a second of all requests together while all of them decode: from the last first token to the first end."""
     begin, end = max(each[0][0] for each in stamps), min(each[-1][0] for each in stamps)
@@ -222,7 +241,7 @@ def decode_rate(stamps: list[Stamps]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["hand-over", "drafts"])
+    parser.add_argument("what", choices=["hand-over", "drafts", "start"])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--channels", type=int, default=CHANNELS, help="feed-forward channels of the padded target")
@@ -230,7 +249,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of vLLM alone")
     parser.add_argument("--our-threads", type=int, default=2, help="of our vLLM; the draft has one")
     args = parser.parse_args()
-    (hand_over if args.what == "hand-over" else drafts)(args)
+    {"hand-over": hand_over, "drafts": drafts, "start": start}[args.what](args)
 
 
 if __name__ == "__main__":

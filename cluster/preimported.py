@@ -8,6 +8,7 @@ of its engine; it ends when the node's raylet does. Where no server can be had t
 
 import contextlib
 import fcntl
+import gc
 import importlib
 import json
 import logging
@@ -104,6 +105,8 @@ def serve(engine: str, listener: socket.socket, raylet: int) -> Fork | None:
         choose_openmp()
         for module in MODULES[engine]:
             importlib.import_module(module)
+        gc.collect()
+        gc.freeze()  # what was imported stays: forks need not look through it, and go on sharing its memory
         return _fork_for_askers(listener, raylet)
     finally:
         if os.getpid() == server:
