@@ -116,9 +116,10 @@ def status(
     for each in described["workers"]:
         leased = f"+{each['kv_blocks_leased']}" if each["kv_blocks_leased"] else ""
         blocks = f"{each['kv_blocks_used']}{leased}/{each['kv_blocks_total']}"
-        cells = [each["worker"].partition("@")[0], each["role"], each["state"], each["running"], each["queued"], blocks]
-        cells += [each["steps"], each["pid"], each["metrics_address"]]
-        table.add_row(*(str(cell) for cell in cells))
+        load = [each["running"], each["queued"], blocks, each["steps"]]
+        shown = load if each["state"] != "unreachable" else ["-"] * len(load)  # nobody knows
+        cells = [each["worker"].partition("@")[0], each["role"], each["state"], *shown]
+        table.add_row(*(str(cell) for cell in [*cells, each["pid"], each["metrics_address"]]))
     for each in described["routers"]:
         out.print(
             f"{each['router']} {each['address']}  model {described['model']}  active {each['active']}  "

@@ -241,7 +241,8 @@ class WorkerConnection:
             log.warning("worker %s is lost with %d requests: %s", self.peer.id, len(self._conversations), why)
         if self._commands is not None:
             self._commands.put_nowait(None)  # gRPC waits for the next one even when the stream has broken
-        self._commands, self.accepting = None, False
+        # It drops what it held of this router; of the rest nothing is known until its next report.
+        self._commands, self.accepting, self.load = None, False, WorkerLoad()
         self._cancelled.clear()
         self._fail(list(self._conversations.values()), Failure.STOPPING, f"{self.peer.id} is lost: {why}")
 

@@ -70,6 +70,20 @@ async def test_a_killed_worker_moves_the_request() -> None:
         await resumed_on_the_other(it, lambda worker, _: worker.stop())
 
 
+async def test_a_lost_worker_is_shown_without_the_load_it_had() -> None:
+    async with stage(router_settings(), verify("verify-0"), verify("verify-1")) as it:
+        one = it.workers[0]
+
+        def shown() -> tuple[object, object]:
+            each = next(each for each in it.router.describe()["workers"] if each["worker"] == str(one.id))  # type: ignore[attr-defined]
+            return each["state"], each["kv_blocks_used"]
+
+        one.load = WorkerLoad(kv_blocks_total=100, kv_blocks_used=7)
+        await it.until(lambda: shown() == ("serving", 7))
+        await one.stop()
+        await it.until(lambda: shown() == ("unreachable", 0))
+
+
 async def test_a_broken_stream_moves_the_request_and_is_opened_again() -> None:
     async with stage(router_settings(), verify("verify-0"), verify("verify-1")) as it:
         await resumed_on_the_other(it, lambda worker, _: worker.break_streams())

@@ -89,7 +89,10 @@ def blocks(router: RouterServer, what: str, role: str = "") -> int:
 @contextlib.asynccontextmanager
 async def nothing_left(router: RouterServer) -> AsyncIterator[None]:
     yield
-    await settled(lambda: blocks(router, "used") == blocks(router, "leased") == 0)
+    try:
+        await settled(lambda: blocks(router, "used") == blocks(router, "leased") == 0)
+    except TimeoutError:
+        raise AssertionError(f"KV blocks are still held: {router.describe()['workers']}") from None
 
 
 async def test_handed_over(work: Work, request: pytest.FixtureRequest) -> None:
