@@ -6,8 +6,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 VLLM := .venv-vllm
 DEPLOY_TOOLS := prometheus chromium chromium-driver fonts-dejavu-core openssh-server openssh-client iproute2 rsync openssl git
-# Python compiles the modules that are imported; compiling all of them takes half of an installation.
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check --no-deps --no-compile
 PROTOS := tidemill/proto/inference.proto tidemill/core/control.proto
 
 .PHONY: help env demo test test-vllm test-deploy test-serve lint types unit e2e identity identity-vllm switches faults docs bench protos clean
@@ -21,8 +19,8 @@ $(VENV)/.installed: requirements/dev.txt pyproject.toml
 	@echo "making the environment in $(VENV) (a few minutes the first time)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Tidemill needs Python 3.11 or newer")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python $(PIP_INSTALL) -r requirements/dev.txt
-	$(BIN)/python $(PIP_INSTALL) --editable .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 ENGINE ?= native
@@ -64,7 +62,7 @@ test-deploy: env
 
 # make test-serve: the application of the RayService manifest, on a real Ray Serve (three minutes).
 test-serve: env
-	$(BIN)/python $(PIP_INSTALL) -r requirements/serve.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/serve.txt
 	$(BIN)/python -m pytest tests/deploy/test_serve_app.py
 
 # make identity: the same tokens through every way, with every source and builder of drafts, for all held-out prompts.
@@ -86,7 +84,7 @@ docs: env
 
 # make bench: the measurements of the README, against vLLM on the same core (makes a second environment for it).
 bench: env $(VLLM)/.installed
-	$(BIN)/python $(PIP_INSTALL) -r requirements/serve.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/serve.txt
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.kv_link
@@ -100,8 +98,8 @@ bench: env $(VLLM)/.installed
 $(VLLM)/.installed: requirements/vllm.txt pyproject.toml
 	@echo "making the environment with vLLM in $(VLLM) (2.5 GB, some minutes the first time)"
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
-	$(VLLM)/bin/python $(PIP_INSTALL) -r requirements/vllm.txt
-	$(VLLM)/bin/python $(PIP_INSTALL) --editable .
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	@touch $@
 
 # make test-vllm: what every engine must keep, on vLLM, and what is vLLM's own; under five minutes.

@@ -1,6 +1,6 @@
 """Live roles against static splits of 12 workers, and against chunked prefill on every worker.
 
-    python -m benchmarks.roles --trace azure_llm_2023_conv.csv    # on a virtual clock: ten minutes of one core
+    python -m benchmarks.roles --trace azure_llm_2023_conv.csv    # on a virtual clock: half an hour of one core
     python -m benchmarks.roles --only wave --splits 6,7,8
     python -m benchmarks.roles --live --splits 6 --chunks 2048    # Ray actors, router, controller: idle cores
 
@@ -191,7 +191,7 @@ def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help=f"of {','.join(SCENARIOS)}; all, but trace without --trace")
     parser.add_argument("--trace", type=Path, help="AzureLLMInferenceTrace_conv.csv (2023)")
-    parser.add_argument("--phase-s", type=float, default=120.0, help="of the wave")
+    parser.add_argument("--phase-s", type=float, help="a half of the wave; 300, or 120 with --live")
     parser.add_argument("--phases", type=int, default=4, help="of the wave")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--load", type=float, default=1.0, help="times the arrivals")
@@ -201,6 +201,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--stretch", type=float, default=2.0, help="of all times, live")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for CSV and PNG")
     arguments = parser.parse_args()
+    arguments.phase_s = arguments.phase_s or (120.0 if arguments.live else 300.0)
     known = [each for each in SCENARIOS if each != "trace" or arguments.trace]
     arguments.only = arguments.only.split(",") if arguments.only else known
     if set(arguments.only) - set(SCENARIOS):
