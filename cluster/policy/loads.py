@@ -22,7 +22,7 @@ KV_SHARE = 0.9  # of a pool in use before requests are refused
 PACE_SHARE = 0.9  # of the TPOT goal: not all requests get the mean pace
 CROWDED = 0.8  # share of time in what requests add to steps, from which on steps grow without end
 TESTED = 1.5  # times as long a window is not asked whether its parts agree: the rest of it would say little
-MET = 0.95  # share of requests within their goals, with which nothing needs to change
+MET = 0.9  # share of requests within their goals, with which nothing needs to change
 ENOUGH_BUSY_S = 3.0  # of prefill workers, to tell how fast they are
 PRIOR, PRIOR_WEIGHT = 0.25, 0.01  # of a step's time for each of requests and KV, until samples that differ tell
 
@@ -72,7 +72,7 @@ class Seen:
         """True if the traffic is what it was for as long as there are windows, and nearly all meet their goals."""
         if len(self.windows) < 2 or self.lasts_s < math.inf or self.windows[-1].seconds <= self.windows[-2].seconds:
             return False
-        attainment = self.totals[-2].attainment
+        attainment = self.totals[-1].attainment
         return attainment is not None and attainment >= MET
 
 
@@ -176,7 +176,7 @@ def prefill_load(seen: Seen) -> PrefillLoad | None:
 
 def _prompt_tokens_per_s(seen: Seen) -> float | None:
     """Of a busy prefill worker; if there was none, of a prompt computed where it is decoded."""
-    for window in seen.windows:
+    for window in seen.windows[seen.at :]:
         progress = window.of(Role.PREFILL)
         if progress.busy_s > ENOUGH_BUSY_S and progress.prompt_tokens:
             return progress.prompt_tokens / progress.busy_s

@@ -7,7 +7,8 @@ In order:
     worthwhile  only if a role is near its limit, the new split relieves it by a margin, and the relief pays the switch
     sustained   only if that was so for a while: little if it is far over its limit, long if it is near it
     cooled      only so long after the last change
-    moves       at most half of a role's workers at once, those that have dwelt in it, the least busy first;
+    moves       at most half of a role's workers at once, one when the traffic has been the same for a minute; those
+                that have dwelt in it, the least busy first;
                 a role that was given workers keeps them, and longer each time the last change was taken back
 """
 
@@ -252,13 +253,13 @@ def _spare(view: View, situation: Situation, config: RebalanceConfig) -> Wanted 
 
 
 def _moves(view: View, target: Split, *, urgent: bool) -> tuple[RoleChange, ...]:
-    """From roles with too many to those with too few, the emptiest first. Who is needed where it is stays: one at work
-    in each role that the target has.
+    """From roles with too many to those with too few, the emptiest first: half of a role, or one by one in calm
+    traffic. Who is needed where it is stays: one at work in each role that the target has.
     """
     give = {
         role: min(
             view.counts[role] - target[role],
-            max(view.counts[role] // 2, 1),
+            1 if view.calm and not urgent else max(view.counts[role] // 2, 1),
             view.serving[role] - (target[role] > 0),
         )
         for role in Role

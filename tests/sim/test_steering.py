@@ -6,6 +6,7 @@ The whole table, with longer phases: python -m benchmarks.roles
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from statistics import mean
 
 import pytest
 
@@ -18,6 +19,7 @@ from cluster.sim.worker import OPT_13B_80GB
 from tidemill.core.model import Role
 
 PHASE_S = 45.0
+SEEDS = (3, 4, 5)  # how a change of traffic goes is partly chance
 
 
 def simulate(prefill: int, arrivals: Sequence[Arrival], *, live: bool = False, drain_s: float = 30.0) -> Outcome:
@@ -26,13 +28,17 @@ def simulate(prefill: int, arrivals: Sequence[Arrival], *, live: bool = False, d
 
 
 @cache
-def wave() -> tuple[Arrival, ...]:
-    return tuple(square_wave((OUTPUTS, PROMPTS), PHASE_S, 2, seed=3))
+def wave(seed: int = SEEDS[0]) -> tuple[Arrival, ...]:
+    return tuple(square_wave((OUTPUTS, PROMPTS), PHASE_S, 2, seed=seed))
 
 
 @cache
-def live() -> Outcome:
-    return simulate(5, wave(), live=True)
+def live(seed: int = SEEDS[0]) -> Outcome:
+    return simulate(5, wave(seed), live=True)
+
+
+def attainment(outcomes: Sequence[Outcome], phase: str | None = None, since_s: float = 0.0) -> float:
+    return mean(each.attainment(phase, since_s) for each in outcomes)
 
 
 def test_every_request_ends_once() -> None:
@@ -41,13 +47,14 @@ def test_every_request_ends_once() -> None:
 
 
 def test_live_roles_serve_both_halves_of_a_square_wave() -> None:
-    assert live().attainment(OUTPUTS.name) >= 0.95
-    assert live().attainment(PROMPTS.name) >= 0.7, "with the seconds in which roles change"
-    assert live().attainment(PROMPTS.name, since_s=PHASE_S + 15.0) >= 0.9
-    static = simulate(6, wave())  # the best of them here
-    assert live().attainment() >= static.attainment() + 0.15
-    assert live().attainment(PROMPTS.name) >= static.attainment(PROMPTS.name) + 0.5
-    assert 1 <= len(live().changes) <= 4, "as many as it takes"
+    alive = [live(seed) for seed in SEEDS]
+    assert attainment(alive, OUTPUTS.name) >= 0.95
+    assert attainment(alive, PROMPTS.name) >= 0.7, "with the seconds in which roles change"
+    assert attainment(alive, PROMPTS.name, since_s=PHASE_S + 15.0) >= 0.9
+    static = [simulate(6, wave(seed)) for seed in SEEDS]  # the best of them here
+    assert attainment(alive) >= attainment(static) + 0.15
+    assert attainment(alive, PROMPTS.name) >= attainment(static, PROMPTS.name) + 0.5
+    assert all(1 <= len(each.changes) <= 4 for each in alive), "as many as it takes"
 
 
 def test_live_roles_beat_chunked_prefill_on_every_worker() -> None:

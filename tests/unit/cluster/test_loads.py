@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from cluster.policy.loads import PrefillLoad, Seen, StepLine, VerifyLoad, prefill_load, steady, strictest, verify_load
 from tests.support.fluid import Load, Speed, cluster_of
-from tidemill.core.telemetry import Steps, Traffic, Window
+from tidemill.core.model import Role
+from tidemill.core.telemetry import Progress, Steps, Traffic, Window
 
 
 def window(seconds: float, rate: float, prompt: int = 100) -> Window:
@@ -119,3 +121,24 @@ def test_loads_are_those_of_the_pools() -> None:
     assert verify is not None
     assert verify.ratio(8, 0) * verify.goal_s == pytest.approx(cluster.step_s, rel=0.1)
     assert seen.settled
+
+
+def test_how_fast_prompts_are_computed_is_not_taken_from_a_moment() -> None:
+    """Prompts count when they end: two more in a second are no faster workers, as long as the traffic is the same."""
+    cluster, speed = cluster_of(8, 0, 4), Speed()
+    load = Load(rate=8 * speed.prompt_tokens_per_s / 2000 * 0.9, prompt=2000, output=10)
+    for _ in range(240):
+        cluster.advance(load)
+    picture = cluster.picture()
+    calm = prefill_load(Seen.of(picture))
+    lucky = [
+        replace(
+            window, roles=tuple((role, more(each) if role is Role.PREFILL else each) for role, each in window.roles)
+        )
+        for window in picture.windows[:-1]
+    ]
+    assert prefill_load(Seen.of(replace(picture, windows=(*lucky, picture.windows[-1])))) == calm
+
+
+def more(progress: Progress) -> Progress:
+    return replace(progress, prompt_tokens=progress.prompt_tokens + 4000)
