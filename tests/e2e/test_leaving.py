@@ -47,7 +47,11 @@ class Traces:
         head = psutil.Process(state["head_pid"])
         processes = [head, *head.children(recursive=True)]
         pids = {str(process.pid) for process in processes}
-        named = {path for path in SHARED_MEMORY.iterdir() if pids & set(re.findall(r"\d+", path.name))}
+        named = {
+            path
+            for path in SHARED_MEMORY.iterdir()
+            if pids & set(re.findall(r"\d+", path.name)) and path.stat().st_mtime >= head.create_time()  # not others'
+        }
         mapped = {
             Path(line.split()[5])
             for pid in pids
