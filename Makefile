@@ -73,7 +73,7 @@ identity: env
 switches: env
 	$(BIN)/python -m pytest tests/e2e/test_moves.py -k changes_of_role --all-switches --timeout 1200
 
-# make faults: every fault at every stage of a request, struck for real; writes docs/faults.md (some 25 minutes).
+# make faults: every fault at every stage of a request, struck for real; writes docs/faults.md (some ten minutes).
 faults: env
 	$(BIN)/python -m tests.support.fault_cells
 

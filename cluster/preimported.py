@@ -23,7 +23,7 @@ from pathlib import Path
 
 import psutil
 
-from workers.openmp import choose_openmp
+from workers.openmp import choose_openmp, unregister_openmp
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ def serve(engine: str, listener: socket.socket, raylet: int) -> Fork | None:
         choose_openmp()
         for module in MODULES[engine]:
             importlib.import_module(module)
+        unregister_openmp()
         gc.collect()
         gc.freeze()  # what was imported stays: forks need not look through it, and go on sharing its memory
         return _fork_for_askers(listener, raylet)

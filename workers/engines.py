@@ -14,6 +14,7 @@ from workers.engine.emulated import EmulatedEngine
 from workers.engine.latency import latency_model
 from workers.engine.native.config import read_config
 from workers.engine.native.engine import NativeEngine
+from workers.openmp import unregister_openmp
 
 EngineFactory = Callable[[Settings, Role], Engine]
 
@@ -27,6 +28,7 @@ def make_engine(settings: Settings, role: Role) -> Engine:
     if model is None:
         raise ValueError("a draft worker needs the setting draft.path")
     torch.set_num_threads(settings.threads_of(role))
+    unregister_openmp()
     if settings.engine.kind == "vllm" and role is not Role.DRAFT:
         from workers.engine.vllm.engine import VllmEngine  # noqa: PLC0415 - seconds, and not in every environment
 
