@@ -8,14 +8,14 @@ import pytest
 
 pytestmark = pytest.mark.vllm
 MAKE_AND_BE_KILLED = """
-import os, signal, sys
+import os, signal
 from workers.openmp import choose_openmp
 choose_openmp()
 import torch
 from tests.support.local import settings_for
 from tidemill.core.model import Role
 from workers.engines import make_engine
-registered = any(str(os.getpid()) in name for name in os.listdir("/dev/shm"))
+registered = any(f"_{os.getpid()}_" in name for name in os.listdir("/dev/shm"))
 make_engine(settings_for("native"), Role.VERIFY)
 print(os.getpid(), registered, torch.randn(300, 300).matmul(torch.randn(300, 300)).shape[0], flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

@@ -131,12 +131,7 @@ def test_how_fast_prompts_are_computed_is_not_taken_from_a_moment() -> None:
         cluster.advance(load)
     picture = cluster.picture()
     calm = prefill_load(Seen.of(picture))
-    lucky = [
-        replace(
-            window, roles=tuple((role, more(each) if role is Role.PREFILL else each) for role, each in window.roles)
-        )
-        for window in picture.windows[:-1]
-    ]
+    lucky = [replace(each, roles=((Role.PREFILL, more(each.of(Role.PREFILL))),)) for each in picture.windows[:-1]]
     assert prefill_load(Seen.of(replace(picture, windows=(*lucky, picture.windows[-1])))) == calm
 
 
